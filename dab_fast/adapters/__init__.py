@@ -1,0 +1,1 @@
+"""One pure function per codebase difference: names, layout, eps, mask convention."""
