@@ -35,6 +35,7 @@ def decode(
     tgt_mask: Tensor | None = None,  # bool [Q, Q] or [B * H, Q, Q], True = hidden
     tgt_key_padding_mask: Tensor | None = None,  # bool [B, Q], True = padded
     memory_mask: Tensor | None = None,  # bool [Q, S] or [B * H, Q, S], True = hidden
+    spatial_shape: tuple[int, int] | None = None,  # (h, w): pos is [h, w, D], half a function of y, half of x
     training: bool = False,
 ) -> tuple[DecoderOutput, list[Tensor]]:
     """`reference.decode` on the fused ops. Also returns every layer's output before the norm, [B, Q, D] each."""
@@ -43,7 +44,7 @@ def decode(
     attention_dropout_p = config.attention_dropout if training else 0.0
     joint = _joint_weights(params, config)
     keys_values = F.linear(memory, *joint.memory).unflatten(-1, (config.num_layers, 2, config.nhead, -1))
-    keys_pos = F.linear(pos, *joint.pos).unflatten(-1, (config.num_layers, config.nhead, -1))
+    keys_pos = _project_pos(pos, *joint.pos, spatial_shape).unflatten(-1, (config.num_layers, config.nhead, -1))
 
     def heads(x: Tensor) -> Tensor:  # [B * Q, D] -> [B, Q, H, d]
         return x.view(b, q, config.nhead, -1)
@@ -321,6 +322,23 @@ def _joint_weights(params: Parameters, config: DecoderConfig) -> _JointWeights:
         if len(heads) == 2
         else None,
     )
+
+
+def _project_pos(
+    pos: Tensor,  # [B or 1, S, D]
+    weight: Tensor,  # [N, D]
+    bias: Tensor,  # [N]
+    spatial_shape: tuple[int, int] | None,
+) -> Tensor:  # [B or 1, S, N]
+    """pos @ weight^T + bias; from h + w rows where pos is a sum of a function of y and one of x."""
+    if spatial_shape is None:
+        return F.linear(pos, weight, bias)
+    h, w = spatial_shape
+    half = pos.shape[-1] // 2
+    grid = pos[:1].unflatten(1, (h, w))
+    rows = F.linear(grid[:, :, :1, :half], weight[:, :half], bias)  # [1, h, 1, N]
+    columns = F.linear(grid[:, :1, :, half:], weight[:, half:])  # [1, 1, w, N]
+    return (rows + columns).flatten(1, 2)
 
 
 def _content_heads(

@@ -1,0 +1,86 @@
+"""accelerate() and restore(): give a model's own modules the fast forward, and take it back."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+
+from torch import nn
+
+from dab_fast.adapters import ADAPTERS
+from dab_fast.adapters._fast import Fast
+
+
+@dataclass(frozen=True, repr=False)
+class Report:
+    """What `accelerate` did to a model. Printing it shows the calls that stepped aside so far, too."""
+
+    replaced: dict[str, Fast]  # by name in the model; "" is the model itself
+    not_replaced: dict[str, str]  # name to reason
+
+    @property
+    def stepped_aside(self) -> dict[str, dict[str, int]]:
+        """Calls that took the original forward since `accelerate`: name to reason to count."""
+        return {
+            name: dict(module.dab_fast_reasons) for name, module in self.replaced.items() if module.dab_fast_reasons
+        }
+
+    def __str__(self) -> str:
+        lines = [f"dab_fast: {len(self.replaced)} modules accelerated"]
+        lines += [f"  {name or '(model)'}: {type(module).__name__}" for name, module in self.replaced.items()]
+        lines += [f"  {name or '(model)'} left as it is: {reason}" for name, reason in self.not_replaced.items()]
+        for name, reasons in self.stepped_aside.items():
+            lines += [f"  {name or '(model)'} stepped aside {n} times: {reason}" for reason, n in reasons.items()]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def accelerate(model: nn.Module) -> Report:
+    """Make the DAB-DETR decoder (and prediction head) inside `model` fast, in place; `restore` undoes it.
+
+    Each known module becomes an instance of a subclass with the fast forward: parameters, state_dict keys, other
+    instances and the libraries' classes stay as they are. A call that the fast forward cannot serve takes the
+    original one. Accelerating twice is harmless.
+
+    Args:
+        model: a Hugging Face `DabDetrForObjectDetection`, `DabDetrModel` or `DabDetrDecoder`, or any module with
+            one inside.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: nothing in `model` is a DAB-DETR module that dab_fast knows; the model is left as it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    adapters = [importlib.import_module(f"dab_fast.adapters.{name}") for name in ADAPTERS]
+    replaced: dict[str, Fast] = {}
+    not_replaced: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Fast):
+            replaced[name] = module
+            continue
+        for adapter in adapters:
+            fast_class = adapter.fast_class(module)
+            if fast_class is not None:
+                module.__class__ = fast_class
+                replaced[name] = module  # type: ignore[assignment]
+            elif reason := adapter.why_not(module):
+                not_replaced[name] = reason
+    if not replaced:
+        found = "; ".join(f"{name or '(model)'}: {reason}" for name, reason in not_replaced.items())
+        raise ValueError(
+            f"model must contain a DAB-DETR decoder that dab_fast knows ({', '.join(ADAPTERS)}), got "
+            f"{type(model).__module__}.{type(model).__qualname__}{' (' + found + ')' if found else ''}"
+        )
+    return Report(replaced, not_replaced)
+
+
+def restore(model: nn.Module) -> None:
+    """Undo `accelerate`: every accelerated module in `model` gets its original class back."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    for module in model.modules():
+        if isinstance(module, Fast):
+            module.__dict__.pop("_dab_fast_reasons", None)
+            module.__class__ = type(module).dab_fast_original  # type: ignore[assignment]

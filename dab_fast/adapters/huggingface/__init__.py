@@ -1,0 +1,71 @@
+"""Hugging Face transformers (>= 5.17): batch-first, masks with 1 = valid, inverse sigmoid eps 1e-5.
+
+This file needs no transformers; models.py, which does, is imported once a model of theirs has come.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+
+from torch import nn
+
+from dab_fast.adapters._fast import Fast
+
+INVERSE_SIGMOID_EPS = 1e-5
+
+# Module names inside a layer, here and (value) in Hugging Face.
+LAYER_NAMES = {
+    **{
+        f"{short}_{ours}_proj": f"{block}.{block}_{theirs}_proj"
+        for short, block in (("sa", "self_attn"), ("ca", "cross_attn"))
+        for ours, theirs in (
+            ("qcontent", "query_content"),
+            ("qpos", "query_pos"),
+            ("kcontent", "key_content"),
+            ("kpos", "key_pos"),
+            ("v", "value"),
+            ("qpos_sine", "query_pos_sine"),
+        )
+    },
+    "self_attn.out_proj": "self_attn.self_attn.output_proj",
+    "cross_attn.out_proj": "cross_attn.cross_attn.output_proj",
+    "norm1": "self_attn.self_attn_layer_norm",
+    "norm2": "cross_attn.cross_attn_layer_norm",
+    "norm3": "mlp.final_layer_norm",
+    "linear1": "mlp.fc1",
+    "linear2": "mlp.fc2",
+    "activation": "mlp.activation_fn",
+}
+_OURS = {theirs: ours for ours, theirs in LAYER_NAMES.items()}
+
+
+@functools.cache
+def canonical_name(name: str) -> str:
+    """The IDEA-Research name of a module below Hugging Face's `DabDetrDecoder`."""
+    if layer := re.fullmatch(r"layers\.(\d+)\.(.+)", name):
+        return f"layers.{layer[1]}.{_OURS.get(layer[2], layer[2])}"
+    return "norm" if name == "layernorm" else name
+
+
+def fast_class(module: nn.Module) -> type[Fast] | None:
+    return _fast_classes().get(type(module)) if _is_theirs(module) else None
+
+
+def why_not(module: nn.Module) -> str | None:
+    if _is_theirs(module) and isinstance(module, tuple(_fast_classes())):
+        return f"{type(module).__qualname__} is a subclass, which may compute something else"
+    return None
+
+
+def _is_theirs(module: nn.Module) -> bool:
+    return any(c.__module__ == "transformers.models.dab_detr.modeling_dab_detr" for c in type(module).__mro__)
+
+
+@functools.cache
+def _fast_classes() -> dict[type[nn.Module], type[Fast]]:
+    from dab_fast.adapters.huggingface import models
+
+    return {
+        c.dab_fast_original: c for c in (models.DabDetrDecoder, models.DabDetrModel, models.DabDetrForObjectDetection)
+    }
