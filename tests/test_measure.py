@@ -1,0 +1,87 @@
+"""The counters and timers count and time what they say."""
+
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dab_fast import measure
+
+
+def test_aten_calls_leave_out_views_and_allocations():
+    x = torch.randn(4, 6)
+    assert measure.aten_calls(lambda: x.view(6, 4).t()[1:].unsqueeze(0)) == 0
+    assert measure.aten_calls(lambda: torch.empty(3)) == 0
+    assert measure.aten_calls(lambda: x.reshape(24)) == 0
+    assert measure.aten_calls(lambda: x.t().reshape(24)) == 1, "this reshape copies"
+    assert measure.aten_calls(lambda: (x + 1).relu_()) == 2
+    assert measure.count(lambda: F.linear(x, x, x[:, 0])).aten == {"aten.addmm": 1}
+
+
+def test_backward_is_counted():
+    x = torch.randn(3, requires_grad=True)
+    forward = measure.aten_calls(lambda: x.sin())
+    assert forward == 1
+    assert measure.count(lambda: x.sin().sum().backward()).aten["aten.cos"] == 1
+
+
+def test_host_syncs():
+    x = torch.randn(4)
+    assert measure.host_syncs(lambda: x * 2) == 0
+    assert measure.host_syncs(lambda: x.sum().item()) == 1
+    assert measure.host_syncs(lambda: bool(x.any())) == 1
+    assert measure.host_syncs(lambda: x[x > 0]) == 1
+    assert measure.host_syncs(lambda: x.cpu()) == 1
+    assert measure.host_syncs(lambda: x.tolist()) == 1
+    assert measure.host_syncs(lambda: x.numpy()) == 1
+
+
+def test_saved_bytes_are_unique_storages_without_parameters():
+    weight = torch.randn(8, 8, requires_grad=True)
+    x = torch.randn(4, 8, requires_grad=True)
+    bytes_of = lambda t: t.numel() * t.element_size()  # noqa: E731
+    assert measure.saved_bytes(lambda: x.exp()) == bytes_of(x)
+    assert measure.saved_bytes(lambda: x @ weight) == bytes_of(x) + bytes_of(weight)
+    assert measure.saved_bytes(lambda: x @ weight, exclude=[weight]) == bytes_of(x)
+    assert measure.saved_bytes(lambda: x[:2] * x[2:]) == bytes_of(x), "two views of one storage"
+    with torch.no_grad():
+        assert measure.saved_bytes(lambda: x.exp()) == bytes_of(x), "it enables gradients itself"
+
+
+def test_triton_launches_are_counted_and_need_not_run():
+    pytest.importorskip("triton")
+    from tests.triton_kernel import double
+
+    x = torch.ones(8)
+    counts = measure.count(lambda: double(x))
+    assert counts.kernels == {"double_kernel": 1}
+    assert not counts.aten and not counts.syncs, "the interpreter's own copies are not the kernel's"
+    assert torch.equal(double(x), 2 * x)
+    ran = []
+    assert measure.count(lambda: ran.append(double(x)), execute_kernels=False).kernels == {"double_kernel": 1}
+    assert not torch.equal(ran[0], 2 * x)
+
+
+def test_interleaved_times():
+    order = []
+    fns = {
+        "slow": lambda: (order.append("slow"), time.sleep(0.02)),
+        "fast": lambda: order.append("fast"),
+    }
+    times = measure.interleaved_times(fns, rounds=4, warmup=1)
+    assert order == ["slow", "fast", "slow", "fast", "fast", "slow", "slow", "fast", "fast", "slow"]
+    assert [len(t.wall) for t in times.values()] == [4, 4]
+    assert times["slow"].quantile(0.5) >= 0.02 > times["fast"].quantile(0.5)
+    medians = measure.interleaved_medians(fns, rounds=3)
+    assert medians["slow"] > medians["fast"]
+    order.clear()
+    measure.interleaved_times(fns, rounds=1000, warmup=0, seconds=0.2)
+    assert order.count("slow") <= 11, "the budget of seconds holds"
+    assert order.count("slow") == order.count("fast") >= 1, "no round is left half done"
+
+
+def test_quantile():
+    assert measure.quantile([3, 1, 2], 0.5) == 2
+    assert measure.quantile([0, 10], 0.2) == 2
+    assert measure.quantile([7], 0.8) == 7
