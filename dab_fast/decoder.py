@@ -43,11 +43,12 @@ def decode(
     dropout_p = config.dropout if training else 0.0
     attention_dropout_p = config.attention_dropout if training else 0.0
     joint = _joint_weights(params, config)
-    keys_values = F.linear(memory, *joint.memory).unflatten(-1, (config.num_layers, 2, config.nhead, -1))
-    keys_pos = _project_pos(pos, *joint.pos, spatial_shape).unflatten(-1, (config.num_layers, config.nhead, -1))
+    by_head = (config.nhead, d // config.nhead)
+    keys_values = F.linear(memory, *joint.memory).unflatten(-1, (config.num_layers, 2, *by_head))
+    keys_pos = _project_pos(pos, *joint.pos, spatial_shape).unflatten(-1, (config.num_layers, *by_head))
 
     def heads(x: Tensor) -> Tensor:  # [B * Q, D] -> [B, Q, H, d]
-        return x.view(b, q, config.nhead, -1)
+        return x.view(b, q, *by_head)
 
     def add_and_norm(residual: Tensor, update: Tensor, norm: str) -> Tensor:
         return layer_norm(params, norm, residual + F.dropout(update, dropout_p, training))
@@ -202,11 +203,10 @@ class DabDecoder(nn.Module):
             ValueError, TypeError: a tensor's shape, dtype or device does not fit.
             RuntimeError: a submodule was replaced, hooked or sharded, so that its weight alone is not what it computes.
         """
+        tensors = content, memory, pos, anchors_unsigmoid
         if not self.batch_first:
-            content, memory, pos, anchors_unsigmoid = (
-                x.transpose(0, 1) if x.dim() > 1 else x for x in (content, memory, pos, anchors_unsigmoid)
-            )
-        self._check(content, memory, pos, anchors_unsigmoid)
+            tensors = tuple(x.transpose(0, 1) if isinstance(x, Tensor) and x.dim() > 1 else x for x in tensors)
+        self._check(*tensors)
         try:
             params = gather(self, lambda module: type(module) in _CONTAINERS, lambda name: name)
         except StepAside as reason:
@@ -214,10 +214,7 @@ class DabDecoder(nn.Module):
         (hidden_states, reference_points), _ = decode(
             params,
             self.config,
-            content,
-            memory,
-            pos,
-            anchors_unsigmoid,
+            *tensors,
             memory_key_padding_mask=memory_key_padding_mask,
             tgt_mask=tgt_mask,
             tgt_key_padding_mask=tgt_key_padding_mask,

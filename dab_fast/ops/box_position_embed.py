@@ -35,12 +35,8 @@ def box_position_embed(
     if boxes.shape[-1] not in (2, 4):
         raise ValueError(f"boxes must have shape [..., 2] or [..., 4], got {list(boxes.shape)}")
     if scale is not None:
-        check_tensor("scale", scale, (None,), like=boxes, leading=True)
-        if scale.shape[-1] not in (1, 2 * num_feats) or scale.shape[:-1] not in (boxes.shape[:-1], ()):
-            raise ValueError(
-                f"scale must have shape [..., {2 * num_feats}], [..., 1] or [{2 * num_feats}] with the leading "
-                f"dimensions of boxes {list(boxes.shape)}, got {list(scale.shape)}"
-            )
+        width = 1 if scale.shape[-1:] == (1,) else 2 * num_feats
+        check_tensor("scale", scale, (width,) if scale.dim() == 1 else (*boxes.shape[:-1], width), like=boxes)
     if ref_size_logits is not None:
         check_tensor("ref_size_logits", ref_size_logits, (*boxes.shape[:-1], 2), like=boxes)
         if boxes.shape[-1] != 4:
