@@ -44,8 +44,8 @@ def accelerate(model: nn.Module) -> Report:
     original one. Accelerating twice is harmless.
 
     Args:
-        model: a Hugging Face `DabDetrForObjectDetection`, `DabDetrModel` or `DabDetrDecoder`, or any module with
-            one inside.
+        model: a Hugging Face `DabDetrForObjectDetection`, `DabDetrModel` or `DabDetrDecoder`, a `TransformerDecoder`
+            of IDEA-Research/DAB-DETR or DN-DETR, or any module with one inside.
 
     Raises:
         TypeError: `model` is no module.

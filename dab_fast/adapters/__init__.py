@@ -8,4 +8,4 @@ An adapter is a module with two functions:
 A fast class subclasses the original class and `adapters._fast.Fast`. To add a codebase: write its file, name it here.
 """
 
-ADAPTERS = ("huggingface",)
+ADAPTERS = ("huggingface", "idea_research")

@@ -1,0 +1,211 @@
+"""accelerate() on models with an IDEA-Research decoder, which it knows by structure and by what they compute."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import dab_fast
+from tests import idea_second_writing as second
+from tests.idea_models import (
+    BOX_TOLERANCE,
+    D,
+    Gelu,
+    L,
+    Q,
+    accelerated,
+    assert_same_outputs,
+    box_mlps,
+    denoising_mask,
+    drop_in,
+    inputs,
+    oracle,
+)
+
+
+class Model(nn.Module):
+    """What stands around the decoder in the original: the head shares the decoder's box MLP."""
+
+    def __init__(self, **variant):
+        super().__init__()
+        self.transformer = nn.Module()
+        self.transformer.decoder = oracle(**variant)
+        self.bbox_embed = self.transformer.decoder.bbox_embed
+
+    def forward(self, **given):
+        hidden_states, references = self.transformer.decoder(**given)
+        return torch.sigmoid(self.bbox_embed(hidden_states) + second.logit_1e3(references))
+
+
+def test_accelerate_model_restore_and_twice():
+    model = Model()
+    keys = list(model.state_dict())
+    with torch.no_grad():
+        expected = model(**inputs())
+        report = dab_fast.accelerate(model)
+        assert list(report.replaced) == ["transformer.decoder"] and not report.not_replaced
+        decoder = model.transformer.decoder
+        assert isinstance(decoder, second.TransformerDecoder) and type(decoder) is not second.TransformerDecoder
+        assert list(model.state_dict()) == keys
+        torch.testing.assert_close(model(**inputs()), expected, rtol=0, atol=BOX_TOLERANCE)
+        fast = type(decoder)
+        assert type(dab_fast.accelerate(model).replaced["transformer.decoder"]) is fast
+        dab_fast.restore(model)
+        assert type(decoder) is second.TransformerDecoder
+        torch.testing.assert_close(model(**inputs()), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("protocol", [2, pickle.HIGHEST_PROTOCOL])
+def test_accelerated_decoder_pickles_by_its_originals_name(protocol):
+    theirs = oracle()
+    ours = accelerated(theirs)
+    again = pickle.loads(pickle.dumps(ours, protocol))
+    assert type(again) is type(ours)
+    saved = io.BytesIO()
+    torch.save(ours, saved, pickle_protocol=protocol)
+    saved.seek(0)
+    for other in (again, copy.deepcopy(ours), torch.load(saved, weights_only=False)):
+        assert type(other) is type(ours)
+        with torch.no_grad():
+            assert_same_outputs(other(**inputs()), theirs(**inputs()))
+
+
+def float_mask(decoder):
+    mask = denoising_mask()
+    return {"tgt_mask": torch.zeros(Q, Q).masked_fill(mask, -torch.inf)}
+
+
+def hook(decoder):
+    decoder.layers[1].ca_v_proj.register_forward_hook(lambda module, args, output: output * 0.5)
+    return {}
+
+
+class LowRank(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + 0.1 * x
+
+
+def low_rank(decoder):
+    decoder.layers[0].sa_v_proj.__class__ = LowRank
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (float_mask, "a mask is torch.float32, not bool"),
+        (hook, "layers.1.ca_v_proj has a hook or a patched forward"),
+        (low_rank, "layers.0.sa_v_proj is a tests.test_idea_accelerate.LowRank"),
+    ],
+)
+def test_steps_aside(change, reason, caplog):
+    theirs = oracle()
+    ours = accelerated(theirs)
+    change(theirs)
+    given = change(ours)
+    with torch.no_grad():
+        for _ in range(2):
+            # Bitwise: it is the original forward that runs.
+            torch.testing.assert_close(ours(**inputs(), **given), theirs(**inputs(), **given), rtol=0, atol=0)
+    assert ours.dab_fast_reasons == {reason: 2}
+    assert caplog.messages == [f"TransformerDecoder takes its original forward: {reason}"]
+
+
+class Fork(second.TransformerDecoder):
+    """A decoder with the same parameters that computes something else; `change` is a module-level patch."""
+
+    def forward(self, *args, **kwargs):
+        was = {name: getattr(second, name) for name in self.change}
+        try:
+            for name, value in self.change.items():
+                setattr(second, name, value)
+            return super().forward(*args, **kwargs)
+        finally:
+            for name, value in was.items():
+                setattr(second, name, value)
+
+
+def other_eps(p):
+    return torch.logit(p, 1e-5)
+
+
+def other_features(points, width, features=second.point_features):
+    """x before y."""
+    y, x, *size = features(points, width).split(width, -1)
+    return torch.cat([x, y, *size], -1)
+
+
+class Refusing(second.TransformerDecoder):
+    def forward(self, tgt, memory, spatial_shapes):
+        raise AssertionError
+
+
+def fork(**change):
+    decoder = oracle()
+    decoder.__class__, decoder.change = Fork, change
+    return decoder
+
+
+def edited(edit):
+    decoder = oracle()
+    edit(decoder)
+    return decoder
+
+
+@pytest.mark.parametrize(
+    ("decoder", "reason"),
+    [
+        (lambda: fork(logit_1e3=other_eps), "reference points are not what the original computes"),
+        (lambda: fork(point_features=other_features), "hidden states are not what the original computes"),
+        (lambda: edited(lambda d: setattr(d, "__class__", Refusing)), "its forward raises TypeError"),
+        (lambda: edited(lambda d: setattr(d, "bbox_embed", Gelu(D, D, D, 4))), "bbox_embed is a .*Gelu"),
+        (lambda: edited(lambda d: d.layers[1].add_module("adapter", nn.Linear(D, D))), "has no layers.1.adapter.bias"),
+        (lambda: edited(lambda d: d.layers[1].register_parameter("gate", nn.Parameter(torch.ones(D)))), "layers.1 is"),
+        (lambda: edited(lambda d: setattr(d.layers[1], "activation", nn.Tanh())), "activation is a .*Tanh"),
+        (lambda: edited(lambda d: setattr(d.layers[1], "linear2", nn.Linear(48, D + 4))), "linear2.weight must have"),
+        (lambda: edited(lambda d: d.to("meta")), "on the meta device"),
+        (lambda: drop_in(), "fast already"),
+    ],
+)
+def test_what_accelerate_leaves_alone(decoder, reason):
+    model = nn.ModuleDict({"decoder": decoder(), "good": oracle()})
+    before = type(model["decoder"]), dict(model["decoder"].__dict__)
+    report = dab_fast.accelerate(model)
+    assert list(report.replaced) == ["good"]
+    with pytest.raises(AssertionError, match=reason):
+        raise AssertionError(report.not_replaced["decoder"])
+    assert (type(model["decoder"]), model["decoder"].__dict__) == before
+
+
+def test_accelerate_draws_no_random_numbers():
+    decoder = oracle()
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    dab_fast.accelerate(decoder)
+    torch.testing.assert_close(torch.rand(3), expected, rtol=0, atol=0)
+
+
+def test_accelerate_reads_zeroed_box_layers_and_eval_of_a_training_model():
+    """A fresh model's last box layer is zero: the probe must still see it, and leave mode and weights alone."""
+    decoder = oracle(dropout=0.1).train()
+    nn.init.zeros_(decoder.bbox_embed.layers[-1].weight)
+    weights = {name: p.clone() for name, p in decoder.named_parameters()}
+    dab_fast.accelerate(decoder)
+    assert decoder.training
+    for name, p in decoder.named_parameters():
+        torch.testing.assert_close(p, weights[name], rtol=0, atol=0)
+
+
+def test_box_mlp_assigned_after_accelerate():
+    theirs = oracle(bbox_embed=None)
+    ours = accelerated(theirs)
+    theirs.bbox_embed = box_mlps("shared", L)
+    ours.bbox_embed = copy.deepcopy(theirs.bbox_embed)
+    with torch.no_grad():
+        assert_same_outputs(ours(**inputs()), theirs(**inputs()))
