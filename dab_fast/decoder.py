@@ -203,7 +203,7 @@ class DabDecoder(nn.Module):
             ValueError, TypeError: a tensor's shape, dtype or device does not fit.
             RuntimeError: a submodule was replaced, hooked or sharded, so that its weight alone is not what it computes.
         """
-        tensors = content, memory, pos, anchors_unsigmoid
+        tensors: tuple[Tensor, ...] = (content, memory, pos, anchors_unsigmoid)
         if not self.batch_first:
             tensors = tuple(x.transpose(0, 1) if isinstance(x, Tensor) and x.dim() > 1 else x for x in tensors)
         self._check(*tensors)

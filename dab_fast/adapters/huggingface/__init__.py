@@ -6,7 +6,6 @@ This file needs no transformers; models.py, which does, is imported once a model
 from __future__ import annotations
 
 import functools
-import re
 
 from torch import nn
 
@@ -40,11 +39,11 @@ LAYER_NAMES = {
 _OURS = {theirs: ours for ours, theirs in LAYER_NAMES.items()}
 
 
-@functools.cache
 def canonical_name(name: str) -> str:
     """The IDEA-Research name of a module below Hugging Face's `DabDetrDecoder`."""
-    if layer := re.fullmatch(r"layers\.(\d+)\.(.+)", name):
-        return f"layers.{layer[1]}.{_OURS.get(layer[2], layer[2])}"
+    if name.startswith("layers."):
+        layers, index, *rest = name.split(".", 2)
+        return ".".join((layers, index, *(_OURS.get(r, r) for r in rest)))
     return "norm" if name == "layernorm" else name
 
 

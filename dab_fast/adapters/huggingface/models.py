@@ -6,7 +6,6 @@ up by it; pickle finds them by this module.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -285,7 +284,6 @@ for _class in (DabDetrDecoder, DabDetrModel, DabDetrForObjectDetection):
     _class.__doc__ = f"Hugging Face's {_class.__name__} with the forward of dab_fast."
 
 
-@functools.lru_cache(maxsize=64)
 def _config(rates: tuple[float, float, float] = (0.0, 0.0, 0.0), **fields: Any) -> DecoderConfig:
     dropout, attention_dropout, activation_dropout = rates
     return DecoderConfig(
