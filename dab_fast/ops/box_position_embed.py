@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dab_fast import reference
+from dab_fast.ops import _backends, _library
 from dab_fast.ops._checks import check_tensor
 
 
@@ -17,7 +21,13 @@ def sine_embed(
 ) -> Tensor:  # [..., n * num_feats]
     """sin and cos of 2*pi*c / temperature^(2*floor(i/2) / num_feats) for every coordinate c and feature i."""
     _check_embedding("coordinates", coordinates, num_feats, order)
-    return reference.sine_embed(coordinates, num_feats, temperature, order)
+    backend = _backends.select("box_position_embed", coordinates, _LIMITS, coordinates.dtype)
+    if backend == "torch":
+        return reference.sine_embed(coordinates, num_feats, temperature, order)
+    args = (coordinates, None, None, num_feats, temperature, order, coordinates.dtype, False, backend)
+    if torch.is_grad_enabled() and coordinates.requires_grad:
+        return _BoxPositionEmbed.apply(*args)[0]
+    return _library.box_position_embed(*args)[0]
 
 
 def box_position_embed(
@@ -41,9 +51,55 @@ def box_position_embed(
         check_tensor("ref_size_logits", ref_size_logits, (*boxes.shape[:-1], 2), like=boxes)
         if boxes.shape[-1] != 4:
             raise ValueError(f"boxes must have shape [..., 4] for ref_size_logits, got {list(boxes.shape)}")
-    return reference.box_position_embed(
-        boxes, scale, ref_size_logits, num_feats=num_feats, temperature=temperature, order=order, dtype=dtype
-    )
+    dtype = dtype or boxes.dtype
+    backend = _backends.select("box_position_embed", boxes, _LIMITS, dtype)
+    if backend == "torch":
+        return reference.box_position_embed(
+            boxes, scale, ref_size_logits, num_feats=num_feats, temperature=temperature, order=order, dtype=dtype
+        )
+    if scale is not None and scale.shape == (1,):
+        scale = scale.expand(*boxes.shape[:-1], 1)
+    args = (boxes, scale, ref_size_logits, num_feats, temperature, order, dtype, True, backend)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in args[:3]):
+        return _BoxPositionEmbed.apply(*args)
+    sine, query_sine = _library.box_position_embed(*args)
+    return sine, query_sine
+
+
+class _BoxPositionEmbed(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        boxes: Tensor,  # [..., n]
+        scale: Tensor | None,  # [..., 2 * num_feats], [..., 1] or [2 * num_feats]
+        ref_size_logits: Tensor | None,  # [..., 2]
+        num_feats: int,
+        temperature: float,
+        order: str,
+        dtype: torch.dtype,
+        query: bool,
+        backend: str,
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(boxes, scale, ref_size_logits)
+        ctx.set_materialize_grads(False)
+        ctx.options = num_feats, temperature, order
+        ctx.backend = backend
+        return tuple(
+            _library.box_position_embed(
+                boxes, scale, ref_size_logits, num_feats, temperature, order, dtype, query, backend
+            )
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_sine: Tensor | None, d_query_sine: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        needs = tuple(need and (d_query_sine is not None or x == 0) for x, need in enumerate(ctx.needs_input_grad[:3]))
+        found = iter(
+            _library.box_position_embed_backward(
+                d_sine, d_query_sine, *ctx.saved_tensors, *ctx.options, *needs, ctx.backend
+            )
+        )
+        return (*(next(found) if need else None for need in needs), *(None,) * 6)
 
 
 def _check_embedding(name: str, x: Tensor, num_feats: int, order: str) -> None:
@@ -52,3 +108,12 @@ def _check_embedding(name: str, x: Tensor, num_feats: int, order: str) -> None:
         raise ValueError(f"num_feats must be even and at least 2, got {num_feats}")
     if order not in ("yxwh", "xywh"):
         raise ValueError(f'order must be "yxwh" or "xywh", got {order!r}')
+    if order == "yxwh" and x.shape[-1] < 2:
+        raise ValueError(f'{name} must have shape [..., 2 or more] for order "yxwh", got {list(x.shape)}')
+
+
+def _no_float64(dtype: torch.dtype) -> str | None:
+    return "its kernels compute in float32, got float64" if dtype == torch.float64 else None
+
+
+_LIMITS = {"triton": _no_float64, "native": _no_float64}

@@ -1,0 +1,86 @@
+"""Schemas and fakes of the fused operations, as `torch.ops.dab_fast.*`; imports torch alone.
+
+Each op has one schema per direction, `<op>` and `<op>_backward`; their last argument names the backend, whose module
+is imported at the first call. Autograd is a `torch.autograd.Function` around the op, with `ctx` as the first argument
+of `forward`: a `setup_context` costs 22 µs more per call (it binds the arguments through `inspect.signature`).
+
+To add an op, touch these files:
+  dab_fast/reference.py      its specification, in plain PyTorch
+  dab_fast/ops/_library.py   its schemas and fakes
+  dab_fast/ops/<op>.py       the public function: checks, `_backends.select`, the autograd.Function
+  dab_fast/kernels/<op>.py   `forward` and `backward` with the schemas' arguments (without the backend)
+  tests/test_<op>.py         both against the specification
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dab_fast.ops import _backends
+
+_LIBRARY = torch.library.Library("dab_fast", "DEF")
+
+
+def _define(schema: str, fake: Callable[..., Any]) -> Any:
+    """Registers an op for every device and returns the callable that dispatches to it."""
+    name = schema.partition("(")[0]
+
+    def run(*args: Any) -> Any:
+        return _backends.implementation(args[-1], name)(*args[:-1])
+
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"dab_fast::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.dab_fast, name).default
+
+
+def _box_position_embed(
+    boxes: Tensor,  # [..., n]
+    scale: Tensor | None,  # [..., 2 * num_feats], [..., 1] or [2 * num_feats]
+    ref_size_logits: Tensor | None,  # [..., 2]
+    num_feats: int,
+    temperature: float,
+    order: str,
+    dtype: torch.dtype,
+    query: bool,  # False: the sine embedding alone
+    backend: str,
+) -> list[Tensor]:  # [..., n * num_feats] and, with `query`, [..., 2 * num_feats]
+    widths = (boxes.shape[-1], 2) if query else (boxes.shape[-1],)
+    return [boxes.new_empty((*boxes.shape[:-1], n * num_feats), dtype=dtype) for n in widths]
+
+
+box_position_embed = _define(
+    "box_position_embed(Tensor boxes, Tensor? scale, Tensor? ref_size_logits, int num_feats, float temperature, "
+    "str order, ScalarType dtype, bool query, str backend) -> Tensor[]",
+    _box_position_embed,
+)
+
+
+def _box_position_embed_backward(
+    d_sine: Tensor | None,  # [..., n * num_feats]
+    d_query_sine: Tensor | None,  # [..., 2 * num_feats]
+    boxes: Tensor,  # [..., n]
+    scale: Tensor | None,
+    ref_size_logits: Tensor | None,
+    num_feats: int,
+    temperature: float,
+    order: str,
+    need_boxes: bool,
+    need_scale: bool,
+    need_logits: bool,
+    backend: str,
+) -> list[Tensor]:  # those needed of d_boxes, d_scale, d_ref_size_logits, as the inputs are
+    needed = ((boxes, need_boxes), (scale, need_scale), (ref_size_logits, need_logits))
+    return [x.new_empty(x.shape) for x, need in needed if need and x is not None]
+
+
+box_position_embed_backward = _define(
+    "box_position_embed_backward(Tensor? d_sine, Tensor? d_query_sine, Tensor boxes, Tensor? scale, "
+    "Tensor? ref_size_logits, int num_feats, float temperature, str order, bool need_boxes, bool need_scale, "
+    "bool need_logits, str backend) -> Tensor[]",
+    _box_position_embed_backward,
+)
