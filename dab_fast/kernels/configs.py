@@ -1,0 +1,92 @@
+"""How the attention kernels are launched: tiles, warps and pipeline stages by arithmetic and head width.
+
+Nothing is tuned during a user's step. The rows come from offline compilation (`python -m benchmarks.kernel_budget`): on
+sm_80, sm_90 and sm_100 alike they spill no register and leave room for two to four programs per SM. Half-precision and
+tf32 tiles have 64 rows where they can, the height of a Hopper tensor-core instruction. Exact fp32 dots run on the
+ordinary multipliers and hold whole rows of both operands in registers, hence the small tiles.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+H100_SMS = 132
+WIDEST_HEAD = 64
+
+Arithmetic = Literal["half", "tf32", "ieee"]  # of the dots; the last two on fp32 operands
+AttentionKernel = Literal["forward", "query", "key"]  # the backward over query blocks, over key blocks
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    block_q: int
+    block_s: int
+    num_warps: int
+    num_stages: int
+    splits: int = 1
+
+
+# Rows for an attention mask or dropout, which take the registers of half a tile, stand under "crowded".
+_ATTENTION: dict[tuple[Arithmetic, AttentionKernel, int | str], AttentionConfig] = {
+    ("half", "forward", 32): AttentionConfig(64, 64, 4, 3),
+    ("half", "forward", 64): AttentionConfig(64, 64, 4, 2),
+    ("half", "forward", "crowded"): AttentionConfig(64, 32, 4, 2),
+    ("half", "query", 32): AttentionConfig(64, 64, 4, 2),
+    ("half", "query", 64): AttentionConfig(64, 32, 4, 2),
+    ("half", "query", "crowded"): AttentionConfig(64, 32, 4, 2),
+    ("half", "key", 32): AttentionConfig(32, 64, 4, 2),
+    ("half", "key", 64): AttentionConfig(32, 64, 4, 2),
+    ("half", "key", "crowded"): AttentionConfig(32, 64, 4, 2),
+    ("tf32", "forward", 32): AttentionConfig(64, 32, 4, 2),
+    ("tf32", "forward", 64): AttentionConfig(64, 32, 4, 2),
+    ("tf32", "forward", "crowded"): AttentionConfig(64, 32, 4, 2),
+    ("tf32", "query", 32): AttentionConfig(64, 32, 4, 2),
+    ("tf32", "query", 64): AttentionConfig(64, 32, 4, 2),
+    ("tf32", "query", "crowded"): AttentionConfig(64, 32, 4, 2),
+    ("tf32", "key", 32): AttentionConfig(32, 64, 4, 2),
+    ("tf32", "key", 64): AttentionConfig(32, 32, 4, 2),
+    ("tf32", "key", "crowded"): AttentionConfig(32, 32, 4, 2),
+    ("ieee", "forward", 32): AttentionConfig(32, 32, 8, 2),
+    ("ieee", "forward", 64): AttentionConfig(32, 32, 8, 2),
+    ("ieee", "forward", "crowded"): AttentionConfig(32, 32, 8, 2),
+    ("ieee", "query", 32): AttentionConfig(32, 32, 8, 2),
+    ("ieee", "query", 64): AttentionConfig(32, 32, 8, 2),
+    ("ieee", "query", "crowded"): AttentionConfig(32, 32, 8, 2),
+    ("ieee", "key", 32): AttentionConfig(32, 32, 4, 2),
+    ("ieee", "key", 64): AttentionConfig(32, 32, 4, 2),
+    ("ieee", "key", "crowded"): AttentionConfig(32, 32, 4, 2),
+}
+
+
+def attention_config(
+    kernel: AttentionKernel,
+    arithmetic: Arithmetic,
+    width: int,  # the widest head
+    crowded: bool,  # with an attention mask or dropout
+) -> AttentionConfig:
+    """The launch of an attention kernel, keys not split."""
+    if width > WIDEST_HEAD:
+        raise ValueError(f"heads must be at most {WIDEST_HEAD} wide, got {width}")
+    return _ATTENTION[arithmetic, kernel, "crowded" if crowded else 32 if width <= 32 else 64]
+
+
+def key_splits(
+    programs: int,  # without splitting
+    key_blocks: int,
+    num_sms: int,
+) -> int:
+    """How many programs share the keys of one query block.
+
+    Up to two programs per SM, as long as each keeps four blocks of keys: with fewer the pipeline never fills and the
+    combine kernel costs more than it saves.
+    """
+    return max(1, min(2 * num_sms // programs, key_blocks // 4))
+
+
+@functools.cache
+def num_sms(device: torch.device) -> int:
+    if device.type != "cuda":
+        return H100_SMS
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,391 @@
+"""Attention whose logits are a sum of two dot products, backward.
+
+With P = 2^(z − lse · log2 e) recomputed from the saved log-sum-exp, D = rowsum(d_out ∘ out) and R = dropout (0 where a
+weight was dropped, 1 / (1 − p) elsewhere, 1 without dropout),
+
+    dv = (R ∘ P)ᵀ · d_out
+    dz = P ∘ (R ∘ (d_out · vᵀ) − D)
+    dq_content = scale · dz · k_content,   dk_content = scale · dzᵀ · q_content,   and the same with pos
+
+Two kernels, each the sole writer of what it writes, so that the sums have one order and need no atomics. The first
+walks over the keys for one block of queries: D, dq_content, dq_pos. The second walks over the queries for one block of
+keys on transposed tiles: dk_content, dk_pos, dv. There a padded key is a row that no other row reads, so padding is
+one select after the loop, and a block of padded keys alone skips the loop. A row that saw no key has lse = −inf, which
+is read as +inf: its P is zero.
+
+A k_pos that all images share gets its gradient per image in fp32, summed afterwards. Walking over the images inside
+the kernel would save that buffer but leave B times fewer programs (136 at S = 1050, 8 heads: one per SM), each B times
+as long; the buffer costs 34 MB at B = 32, S = 1050, which is some 20 µs of an H100's memory bandwidth.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from dab_fast.kernels._common import (
+    dot_arithmetic,
+    load_rows,
+    on_device_of,
+    store_rows,
+    tile_width,
+    unit_stride,
+)
+from dab_fast.kernels.configs import AttentionConfig, attention_config
+from dab_fast.kernels.modulated_cross_attention import (
+    LOG2E,
+    dropout_scale,
+    hide,
+    kept,
+    kernel_inputs,
+    launch_options,
+    visible_range,
+)
+
+
+@triton.jit(do_not_specialize=["Q", "S", "stride_padding_b", "stride_hidden_bh", "stride_hidden_q"])
+def backward_query_kernel(
+    p_q_content,  # [B, Q, H, D]
+    p_q_pos,  # [B, Q, H, DP] or None
+    p_k_content,  # [B, S, H, D]
+    p_k_pos,  # [B, S, H, DP] or None
+    p_v,  # [B, S, H, DV]
+    p_padding,  # [B, S] or None, nonzero = padded
+    p_hidden,  # [B·H, Q, S] or None, nonzero = hidden
+    p_rng,  # [2] int64 or None: seed, offset
+    p_out,  # [B, Q, H, DV]
+    p_lse,  # [B, H, Q]
+    p_d_out,  # [B, Q, H, DV]
+    p_lse2,  # [B, H, Q], written: lse · log2(e), +inf where nothing was seen
+    p_delta,  # [B, H, Q], written: D
+    p_dq_content,  # [B, Q, H, D] or None, written
+    p_dq_pos,  # [B, Q, H, DP] or None, written
+    stride_qc_b,
+    stride_qc_q,
+    stride_qc_h,
+    stride_qp_b,
+    stride_qp_q,
+    stride_qp_h,
+    stride_kc_b,
+    stride_kc_s,
+    stride_kc_h,
+    stride_kp_b,
+    stride_kp_s,
+    stride_kp_h,
+    stride_v_b,
+    stride_v_s,
+    stride_v_h,
+    stride_do_b,
+    stride_do_q,
+    stride_do_h,
+    stride_padding_b,
+    stride_hidden_bh,
+    stride_hidden_q,
+    H,
+    Q,
+    S,
+    scale,
+    dropout_p,
+    dropout_scale,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    q_blocks = tl.cdiv(Q, BLOCK_Q)
+    bh = tl.program_id(0) // q_blocks
+    o_b = (bh // H).to(tl.int64)
+    o_h = (bh % H).to(tl.int64)
+    q_start = (tl.program_id(0) % q_blocks) * BLOCK_Q
+    q_far = q_start.to(tl.int64)
+    o_row = tl.arange(0, BLOCK_Q)
+    o_q = q_start + o_row
+    m_q = o_q < Q
+
+    p_d_out += o_b * stride_do_b + o_h * stride_do_h
+    b_d_out = load_rows(p_d_out, q_start, Q, stride_do_q, BLOCK_Q, DV, True, INTERPRET)
+    b_out = load_rows(p_out + (o_b * Q * H + o_h) * DV, q_start, Q, H * DV, BLOCK_Q, DV, True, INTERPRET)
+    b_delta = tl.sum(b_d_out.to(tl.float32) * b_out.to(tl.float32), 1)
+    o_stat = bh.to(tl.int64) * Q + o_q
+    b_lse = tl.load(p_lse + o_stat, mask=m_q, other=0.0)
+    b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2E)
+    tl.store(p_lse2 + o_stat, b_lse, mask=m_q)
+    tl.store(p_delta + o_stat, b_delta, mask=m_q)
+
+    if p_dq_content is not None or p_dq_pos is not None:
+        p_q_content += o_b * stride_qc_b + o_h * stride_qc_h
+        b_q_content = load_rows(p_q_content, q_start, Q, stride_qc_q, BLOCK_Q, D, True, INTERPRET)
+        p_k_content += o_b * stride_kc_b + o_h * stride_kc_h
+        if p_q_pos is not None:
+            p_q_pos += o_b * stride_qp_b + o_h * stride_qp_h
+            b_q_pos = load_rows(p_q_pos, q_start, Q, stride_qp_q, BLOCK_Q, DP, True, INTERPRET)
+            p_k_pos += o_b * stride_kp_b + o_h * stride_kp_h
+        p_v += o_b * stride_v_b + o_h * stride_v_h
+
+        begin = 0
+        end = S
+        if p_padding is not None:
+            p_padding += o_b * stride_padding_b
+            begin, end = visible_range(p_padding, begin, end)
+        if p_hidden is not None:
+            p_hidden += bh.to(tl.int64) * stride_hidden_bh + q_far * stride_hidden_q
+        whole_end = begin + (end - begin) // BLOCK_S * BLOCK_S
+
+        to_log2 = tl.cast(scale, tl.float32) * LOG2E
+        keep = tl.cast(dropout_scale, tl.float32)
+        b_dq_content = tl.zeros([BLOCK_Q, tile_width(D)], tl.float32)
+        b_dq_pos = tl.zeros([BLOCK_Q, tile_width(DP)], tl.float32)
+        for TAIL in tl.static_range(2):
+            for s_start in tl.range(
+                whole_end if TAIL else begin,
+                end if TAIL else whole_end,
+                BLOCK_S,
+                num_stages=1 if TAIL else STAGES,
+            ):
+                o_s = s_start + tl.arange(0, BLOCK_S)
+                b_k_content = load_rows(p_k_content, s_start, end, stride_kc_s, BLOCK_S, D, TAIL, INTERPRET)
+                b_z = tl.dot(b_q_content, b_k_content.T, input_precision=PRECISION)
+                if p_q_pos is not None:
+                    b_k_pos = load_rows(p_k_pos, s_start, end, stride_kp_s, BLOCK_S, DP, TAIL, INTERPRET)
+                    b_z = tl.dot(b_q_pos, b_k_pos.T, b_z, input_precision=PRECISION)
+                b_z = hide(b_z, p_padding, p_hidden, stride_hidden_q, o_row, Q - q_start, o_s, end, TAIL)
+                b_p = tl.exp2(b_z * to_log2 - b_lse[:, None])
+
+                b_v = load_rows(p_v, s_start, end, stride_v_s, BLOCK_S, DV, TAIL, INTERPRET)
+                b_dp = tl.dot(b_d_out, b_v.T, input_precision=PRECISION)
+                if p_rng is not None:
+                    b_dp = tl.where(kept(p_rng, bh, o_q[:, None], o_s[None, :], dropout_p), b_dp * keep, 0.0)
+                b_dz = (b_p * (b_dp - b_delta[:, None])).to(b_k_content.dtype)
+                if p_dq_content is not None:
+                    b_dq_content = tl.dot(b_dz, b_k_content, b_dq_content, input_precision=PRECISION)
+                if p_dq_pos is not None:
+                    b_dq_pos = tl.dot(b_dz, b_k_pos, b_dq_pos, input_precision=PRECISION)
+
+        b_scale = tl.cast(scale, tl.float32)
+        o_head = o_b * Q * H + o_h
+        if p_dq_content is not None:
+            store_rows(p_dq_content + o_head * D, q_start, Q, H * D, b_dq_content * b_scale, BLOCK_Q, D)
+        if p_dq_pos is not None:
+            store_rows(p_dq_pos + o_head * DP, q_start, Q, H * DP, b_dq_pos * b_scale, BLOCK_Q, DP)
+
+
+@triton.jit(do_not_specialize=["Q", "S", "stride_padding_b", "stride_hidden_bh", "stride_hidden_q"])
+def backward_key_kernel(
+    p_q_content,  # [B, Q, H, D]
+    p_q_pos,  # [B, Q, H, DP] or None
+    p_k_content,  # [B, S, H, D]
+    p_k_pos,  # [B, S, H, DP] or None
+    p_v,  # [B, S, H, DV]
+    p_padding,  # [B, S] or None, nonzero = padded
+    p_hidden,  # [B·H, Q, S] or None, nonzero = hidden
+    p_rng,  # [2] int64 or None: seed, offset
+    p_lse2,  # [B, H, Q]
+    p_delta,  # [B, H, Q]
+    p_d_out,  # [B, Q, H, DV]
+    p_dk_content,  # [B, S, H, D] or None, written
+    p_dk_pos,  # [B, S, H, DP] or None, written
+    p_dv,  # [B, S, H, DV] or None, written
+    stride_qc_b,
+    stride_qc_q,
+    stride_qc_h,
+    stride_qp_b,
+    stride_qp_q,
+    stride_qp_h,
+    stride_kc_b,
+    stride_kc_s,
+    stride_kc_h,
+    stride_kp_b,
+    stride_kp_s,
+    stride_kp_h,
+    stride_v_b,
+    stride_v_s,
+    stride_v_h,
+    stride_do_b,
+    stride_do_q,
+    stride_do_h,
+    stride_padding_b,
+    stride_hidden_bh,
+    stride_hidden_q,
+    H,
+    Q,
+    S,
+    scale,
+    dropout_p,
+    dropout_scale,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    s_blocks = tl.cdiv(S, BLOCK_S)
+    bh = tl.program_id(0) // s_blocks
+    o_b = (bh // H).to(tl.int64)
+    o_h = (bh % H).to(tl.int64)
+    s_start = (tl.program_id(0) % s_blocks) * BLOCK_S
+    o_key = tl.arange(0, BLOCK_S)
+    o_s = s_start + o_key
+    m_s = o_s < S
+
+    p_k_content += o_b * stride_kc_b + o_h * stride_kc_h
+    b_k_content = load_rows(p_k_content, s_start, S, stride_kc_s, BLOCK_S, D, True, INTERPRET)
+    p_q_content += o_b * stride_qc_b + o_h * stride_qc_h
+    if p_q_pos is not None:
+        p_k_pos += o_b * stride_kp_b + o_h * stride_kp_h
+        b_k_pos = load_rows(p_k_pos, s_start, S, stride_kp_s, BLOCK_S, DP, True, INTERPRET)
+        p_q_pos += o_b * stride_qp_b + o_h * stride_qp_h
+    p_v += o_b * stride_v_b + o_h * stride_v_h
+    b_v = load_rows(p_v, s_start, S, stride_v_s, BLOCK_S, DV, True, INTERPRET)
+    p_d_out += o_b * stride_do_b + o_h * stride_do_h
+    p_lse2 += bh.to(tl.int64) * Q
+    p_delta += bh.to(tl.int64) * Q
+
+    end = Q
+    if p_padding is not None:
+        b_padded = tl.load(p_padding + o_b * stride_padding_b + o_s, mask=m_s, other=1) != 0
+        end = tl.where(tl.min(b_padded.to(tl.int32)) == 1, 0, Q)
+    if p_hidden is not None:
+        p_hidden += bh.to(tl.int64) * stride_hidden_bh + s_start
+
+    to_log2 = tl.cast(scale, tl.float32) * LOG2E
+    keep = tl.cast(dropout_scale, tl.float32)
+    b_dk_content = tl.zeros([BLOCK_S, tile_width(D)], tl.float32)
+    b_dk_pos = tl.zeros([BLOCK_S, tile_width(DP)], tl.float32)
+    b_dv = tl.zeros([BLOCK_S, tile_width(DV)], tl.float32)
+    for q_start in tl.range(0, end, BLOCK_Q, num_stages=STAGES):
+        o_row = tl.arange(0, BLOCK_Q)
+        o_q = q_start + o_row
+        m_q = o_q < Q
+        b_q_content = load_rows(p_q_content, q_start, Q, stride_qc_q, BLOCK_Q, D, True, INTERPRET)
+        b_z = tl.dot(b_k_content, b_q_content.T, input_precision=PRECISION)
+        if p_q_pos is not None:
+            b_q_pos = load_rows(p_q_pos, q_start, Q, stride_qp_q, BLOCK_Q, DP, True, INTERPRET)
+            b_z = tl.dot(b_k_pos, b_q_pos.T, b_z, input_precision=PRECISION)
+        if p_hidden is not None:
+            p_tile = (
+                p_hidden
+                + tl.cast(q_start, tl.int64) * stride_hidden_q
+                + o_key[:, None]
+                + o_row[None, :] * stride_hidden_q
+            )
+            b_hidden = tl.load(p_tile, mask=m_s[:, None] & m_q[None, :], other=1) != 0
+            b_z = tl.where(b_hidden, float("-inf"), b_z)
+        b_lse = tl.load(p_lse2 + o_q, mask=m_q, other=0.0)
+        b_p = tl.exp2(b_z * to_log2 - b_lse[None, :])
+
+        b_d_out = load_rows(p_d_out, q_start, Q, stride_do_q, BLOCK_Q, DV, True, INTERPRET)
+        b_dp = tl.dot(b_v, b_d_out.T, input_precision=PRECISION)
+        b_weight = b_p
+        if p_rng is not None:
+            m_kept = kept(p_rng, bh, o_q[None, :], o_s[:, None], dropout_p)
+            b_weight = tl.where(m_kept, b_p * keep, 0.0)
+            b_dp = tl.where(m_kept, b_dp * keep, 0.0)
+        if p_dv is not None:
+            b_dv = tl.dot(b_weight.to(b_d_out.dtype), b_d_out, b_dv, input_precision=PRECISION)
+        b_delta = tl.load(p_delta + o_q, mask=m_q, other=0.0)
+        b_dz = (b_p * (b_dp - b_delta[None, :])).to(b_q_content.dtype)
+        if p_dk_content is not None:
+            b_dk_content = tl.dot(b_dz, b_q_content, b_dk_content, input_precision=PRECISION)
+        if p_dk_pos is not None:
+            b_dk_pos = tl.dot(b_dz, b_q_pos, b_dk_pos, input_precision=PRECISION)
+
+    if p_padding is not None:
+        b_dk_content = tl.where(b_padded[:, None], 0.0, b_dk_content)
+        b_dk_pos = tl.where(b_padded[:, None], 0.0, b_dk_pos)
+        b_dv = tl.where(b_padded[:, None], 0.0, b_dv)
+    b_scale = tl.cast(scale, tl.float32)
+    o_head = o_b * S * H + o_h
+    if p_dk_content is not None:
+        store_rows(p_dk_content + o_head * D, s_start, S, H * D, b_dk_content * b_scale, BLOCK_S, D)
+    if p_dk_pos is not None:
+        store_rows(p_dk_pos + o_head * DP, s_start, S, H * DP, b_dk_pos * b_scale, BLOCK_S, DP)
+    if p_dv is not None:
+        store_rows(p_dv + o_head * DV, s_start, S, H * DV, b_dv, BLOCK_S, DV)
+
+
+def backward(
+    d_out: torch.Tensor,  # [B, Q, H, DV]
+    q_content: torch.Tensor,  # [B, Q, H, D]
+    q_pos: torch.Tensor | None,  # [B, Q, H, DP]
+    k_content: torch.Tensor,  # [B, S, H, D]
+    k_pos: torch.Tensor | None,  # [B or 1, S, H, DP]
+    v: torch.Tensor,  # [B, S, H, DV]
+    key_padding_mask: torch.Tensor | None,  # [B, S] bool, True = padded
+    attn_mask: torch.Tensor | None,  # [Q, S] or [B·H, Q, S] bool, True = hidden
+    rng: torch.Tensor | None,  # [2] int64, as given to the forward
+    out: torch.Tensor,  # [B, Q, H, DV], contiguous
+    lse: torch.Tensor,  # [B, H, Q], contiguous
+    scale: float,
+    dropout_p: float,
+    needs: tuple[bool, bool, bool, bool, bool],  # which of the five gradients below are wanted
+    query_config: AttentionConfig | None = None,
+    key_config: AttentionConfig | None = None,
+) -> tuple[torch.Tensor | None, ...]:
+    """The gradients of q_content, q_pos, k_content, k_pos and v as those are shaped, None where unwanted."""
+    B, Q, H, D = q_content.shape
+    S, DV = v.shape[1], v.shape[3]
+    DP = 0 if q_pos is None else q_pos.shape[3]
+    wanted = [x if need else None for x, need in zip((q_content, q_pos, k_content, k_pos, v), needs, strict=True)]
+    if out.numel() == 0 or S == 0:
+        return tuple(None if x is None else x.new_zeros(x.shape) for x in wanted)
+
+    dq_content, dq_pos, dk_content, dk_pos, dv = (None if x is None else x.new_empty(x.shape) for x in wanted)
+    dk_pos_images = dk_pos
+    if dk_pos is not None and dk_pos.shape[0] != B:
+        dk_pos_images = dk_pos.new_empty(B, S, H, DP, dtype=torch.float32)
+    lse2 = torch.empty_like(lse)
+    delta = torch.empty_like(lse)
+    d_out = unit_stride(d_out)
+    inputs, strides, mask_strides = kernel_inputs(q_content, q_pos, k_content, k_pos, v, key_padding_mask, attn_mask)
+    arithmetic = dot_arithmetic(v.dtype)
+    kind = arithmetic, max(D, DP, DV), attn_mask is not None or dropout_p > 0
+    query_config = query_config or attention_config("query", *kind)
+    key_config = key_config or attention_config("key", *kind)
+    shapes = (
+        *strides,
+        *d_out.stride()[:3],
+        *mask_strides,
+        H,
+        Q,
+        S,
+        scale,
+        dropout_p,
+        dropout_scale(dropout_p),
+    )
+    with on_device_of(v):
+        # Always: the second kernel needs D, too.
+        backward_query_kernel[(triton.cdiv(Q, query_config.block_q) * B * H,)](
+            *inputs,
+            rng,
+            out,
+            lse,
+            d_out,
+            lse2,
+            delta,
+            dq_content,
+            dq_pos,
+            *shapes,
+            **launch_options(D, DP, DV, arithmetic, query_config),
+        )
+        if any(needs[2:]):
+            backward_key_kernel[(triton.cdiv(S, key_config.block_s) * B * H,)](
+                *inputs,
+                rng,
+                lse2,
+                delta,
+                d_out,
+                dk_content,
+                dk_pos_images,
+                dv,
+                *shapes,
+                **launch_options(D, DP, DV, arithmetic, key_config),
+            )
+    if dk_pos is not None and dk_pos_images is not None and dk_pos_images is not dk_pos:
+        dk_pos = dk_pos_images.sum(0, keepdim=True).to(dk_pos.dtype)
+    return dq_content, dq_pos, dk_content, dk_pos, dv

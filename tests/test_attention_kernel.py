@@ -1,0 +1,356 @@
+"""The attention kernels against float64, in the interpreter."""
+
+import math
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from dab_fast.kernels.configs import AttentionConfig, key_splits
+from dab_fast.kernels.modulated_cross_attention import forward
+from dab_fast.kernels.modulated_cross_attention_backward import backward
+
+NAMES = ("q_content", "q_pos", "k_content", "k_pos", "v")
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# What is left where PyTorch's own error vanishes, in units of the largest result. With one key dP - D is zero exactly,
+# here it is the difference of two fp32 sums of d_v products. In half precision, one rounding of the stored result.
+FLOOR = {torch.float32: 16 * 2**-23, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+
+
+@dataclass(frozen=True)
+class Case:
+    B: int = 2
+    Q: int = 37
+    S: int = 65
+    H: int = 2
+    d: int = 32
+    d_pos: int | None = 32
+    d_v: int = 32
+    dtype: torch.dtype = torch.float32
+    padding: str | None = None  # "ragged": some keys of each image; "all": one image whole
+    hidden: int | None = None  # dimensions of the attention mask
+    shared_k_pos: bool = False
+    layout: str = "dense"
+    config: AttentionConfig | None = None
+
+    def __str__(self) -> str:
+        default = Case()
+        return "-".join(f"{k}={v}" for k, v in vars(self).items() if v != getattr(default, k)) or "plain"
+
+    @property
+    def scale(self) -> float:
+        return 1 / math.sqrt(self.d + (self.d_pos or 0))
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The same numbers behind other strides."""
+    if layout == "slices":  # a slice of the output of one wide projection
+        wide = torch.randn(*x.shape[:2], 3, *x.shape[2:]).to(x.dtype)
+        wide[:, :, 1] = x
+        return wide[:, :, 1]
+    if layout == "permuted":  # [N, B, H, d] underneath, as in the sequence-first codebases
+        return x.transpose(0, 1).contiguous().transpose(0, 1)
+    if layout == "columns":  # the last dimension is not dense
+        return x.transpose(2, 3).contiguous().transpose(2, 3)
+    return x
+
+
+@dataclass
+class Problem:
+    inputs: dict[str, Tensor | None]
+    key_padding_mask: Tensor | None
+    attn_mask: Tensor | None
+    d_out: Tensor
+
+    @classmethod
+    def random(cls, case: Case) -> "Problem":
+        def draw(*shape: int) -> Tensor:
+            return laid_out(torch.randn(shape).to(case.dtype), case.layout)
+
+        B, Q, S, H = case.B, case.Q, case.S, case.H
+        inputs: dict[str, Tensor | None] = {
+            "q_content": draw(B, Q, H, case.d),
+            "q_pos": None if case.d_pos is None else draw(B, Q, H, case.d_pos),
+            "k_content": draw(B, S, H, case.d),
+            "k_pos": None if case.d_pos is None else draw(1 if case.shared_k_pos else B, S, H, case.d_pos),
+            "v": draw(B, S, H, case.d_v),
+        }
+        padding = hidden = None
+        if case.padding is not None:
+            padding = torch.rand(B, S) < 0.3
+            padding[-1, S // 2 :] = True
+            padding[0, : S // 3] = True
+            if case.padding == "all":
+                padding[0] = True
+        if case.hidden is not None:
+            hidden = torch.rand((Q, S) if case.hidden == 2 else (B * H, Q, S)) < 0.4
+            hidden[..., Q // 2, :] = True  # one query sees nothing
+        return cls(inputs, padding, hidden, draw(B, Q, H, case.d_v))
+
+    def run(self, case: Case, dropout_p: float = 0.0, rng: Tensor | None = None) -> dict[str, Tensor]:
+        arguments = (*self.inputs.values(), self.key_padding_mask, self.attn_mask, rng)
+        out, lse = forward(*arguments, case.scale, dropout_p, case.config)
+        needs = tuple(x is not None for x in self.inputs.values())
+        one_split = case.config and replace(case.config, splits=1)
+        gradients = backward(
+            self.d_out, *arguments, out, lse, case.scale, dropout_p, needs, query_config=one_split, key_config=one_split
+        )
+        results = {"out": out, "lse": lse}
+        results |= {f"d_{name}": g for name, g in zip(NAMES, gradients, strict=True) if g is not None}
+        return results
+
+    def expected(self, case: Case, dtype: torch.dtype, weights: Tensor | float = 1.0) -> dict[str, Tensor]:
+        """The plain writing and PyTorch's own gradients in `dtype`; `weights` stands for dropout, [B, H, Q, S]."""
+        x = {k: None if t is None else t.detach().to(dtype).requires_grad_() for k, t in self.inputs.items()}
+        logits = torch.einsum("bqhd,bshd->bhqs", x["q_content"], x["k_content"])
+        if x["q_pos"] is not None:
+            k_pos = x["k_pos"].expand(case.B, -1, -1, -1)
+            logits = logits + torch.einsum("bqhd,bshd->bhqs", x["q_pos"], k_pos)
+        logits = logits * case.scale
+        hidden = torch.zeros_like(logits, dtype=torch.bool)
+        if self.key_padding_mask is not None:
+            hidden = hidden | self.key_padding_mask[:, None, None, :]
+        if self.attn_mask is not None:
+            mask = self.attn_mask
+            hidden = hidden | (mask if mask.dim() == 2 else mask.unflatten(0, (case.B, case.H)))
+        logits = logits.masked_fill(hidden, float("-inf"))
+        lse = logits.logsumexp(-1)
+        # Rows that see nothing are zeros, and have to be kept away from the softmax for its gradient's sake.
+        blind = hidden.all(-1, keepdim=True)
+        weights = logits.masked_fill(blind, 0).softmax(-1).masked_fill(hidden, 0) * weights
+        out = torch.einsum("bhqs,bshd->bqhd", weights, x["v"])
+        leaves = {k: t for k, t in x.items() if t is not None}
+        gradients = torch.autograd.grad(out, list(leaves.values()), self.d_out.to(dtype))
+        results = {"out": out.detach(), "lse": lse.detach()}
+        return results | {f"d_{k}": g for k, g in zip(leaves, gradients, strict=True)}
+
+
+def assert_accurate(actual: dict[str, Tensor], problem: Problem, case: Case) -> None:
+    """At most twice PyTorch's own error in the dtype, and a floor."""
+    exact, pytorch = problem.expected(case, torch.float64), problem.expected(case, case.dtype)
+    assert actual.keys() == exact.keys()
+    for name, reference in exact.items():
+        got = actual[name]
+        assert got.shape == reference.shape, name
+        assert got.dtype == (torch.float32 if name == "lse" else case.dtype), name
+        finite = reference.isfinite()
+        assert torch.equal(got.isfinite(), finite), f"{name} must be finite where the exact value is"
+        error = (got.double() - reference)[finite].abs().max() if finite.any() else torch.zeros(())
+        own = (pytorch[name].double() - reference)[finite].abs().max() if finite.any() else torch.zeros(())
+        allowed = 2 * own + FLOOR[case.dtype] * max(1.0, reference[finite].abs().max() if finite.any() else 0.0)
+        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}, PyTorch's own {own:.2e}"
+
+
+def check(case: Case) -> None:
+    problem = Problem.random(case)
+    assert_accurate(problem.run(case), problem, case)
+
+
+SMALL = AttentionConfig(block_q=16, block_s=16, num_warps=4, num_stages=2)
+HALVES = DTYPES[1:]
+
+CASES = [
+    Case(),
+    *(Case(Q=q, S=64) for q in (1, 7, 64, 65)),
+    *(Case(S=s, Q=7) for s in (1, 63, 64, 192)),
+    *(Case(d=w, d_pos=w, d_v=w, Q=7) for w in (16, 64)),
+    Case(d=24, d_pos=40, d_v=20, Q=7),
+    *(Case(dtype=dtype, padding="ragged") for dtype in HALVES),
+    *(Case(dtype=dtype, Q=7, S=1) for dtype in HALVES),
+    Case(d_pos=None),
+    Case(d_pos=None, hidden=3, Q=65),
+    Case(padding="ragged", S=192),
+    Case(padding="all"),
+    Case(hidden=2),
+    Case(hidden=3, padding="all"),
+    Case(shared_k_pos=True, padding="ragged", B=3),
+    Case(shared_k_pos=True, dtype=torch.float16, B=3),
+    Case(shared_k_pos=True, B=1, Q=7),
+    *(Case(layout=layout, padding="ragged") for layout in ("slices", "permuted", "columns")),
+    Case(config=SMALL, padding="ragged", hidden=2, S=40),
+    *(Case(config=replace(SMALL, splits=n), S=100, Q=20) for n in (2, 3, 7, 50)),
+    Case(config=replace(SMALL, splits=3), S=100, Q=20, padding="all", hidden=3, dtype=torch.float16),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward_and_gradients(case):
+    check(case)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("padding", (None, "ragged", "all"))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("S", (1, 63, 64, 65, 192, 1050))
+@pytest.mark.parametrize("Q", (1, 7, 37, 300, 301))
+def test_forward_and_gradients_over_the_matrix(Q, S, dtype, padding):
+    check(Case(Q=Q, S=S, dtype=dtype, padding=padding, shared_k_pos=Q == 37))
+    check(Case(Q=Q, S=S, dtype=dtype, padding=padding, d_pos=None, H=1))
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("layout", ("slices", "permuted", "columns"))
+@pytest.mark.parametrize("hidden", (None, 2, 3))
+@pytest.mark.parametrize("width", (16, 32, 64))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_forward_and_gradients_over_widths_masks_and_strides(dtype, width, hidden, layout):
+    case = Case(d=width, d_pos=width, d_v=width, Q=70, S=130, dtype=dtype, hidden=hidden, layout=layout)
+    check(replace(case, padding="ragged"))
+    check(replace(case, config=replace(SMALL, splits=4)))
+
+
+@pytest.mark.parametrize("sizes", ({"B": 0}, {"Q": 0}, {"S": 0}), ids=str)
+def test_nothing_to_do(sizes):
+    case = Case(**sizes)
+    results = Problem.random(case).run(case)
+    shape = (case.B, case.Q, case.H)
+    assert results["out"].shape == (*shape, case.d_v)
+    for name, x in results.items():
+        if name == "lse":
+            assert (x == float("-inf")).all()
+        else:
+            assert torch.equal(x, torch.zeros_like(x)), name
+
+
+def test_a_row_without_a_visible_key_is_zero_and_has_no_gradient():
+    case = Case(padding="all", hidden=2)
+    problem = Problem.random(case)
+    results = problem.run(case)
+    blind = case.Q // 2
+    for image, query in ((0, slice(None)), (1, blind)):
+        for name in ("out", "d_q_content", "d_q_pos"):
+            assert (results[name][image, query] == 0).all(), name
+    for name in ("d_k_content", "d_k_pos", "d_v"):
+        assert (results[name][problem.key_padding_mask] == 0).all(), name
+
+
+def test_padded_keys_are_not_read_into_any_result():
+    case = Case(padding="ragged", S=200)
+    problem = Problem.random(case)
+    before = problem.run(case)
+    for name in ("k_content", "k_pos", "v"):
+        problem.inputs[name][problem.key_padding_mask] = 1e4
+    after = problem.run(case)
+    for name, x in before.items():
+        assert torch.equal(x, after[name]), name
+
+
+def test_reruns_are_bit_identical():
+    case = Case(config=replace(SMALL, splits=3), Q=20, dtype=torch.float16, shared_k_pos=True)
+    problem = Problem.random(case)
+    first, second = problem.run(case), problem.run(case)
+    for name, x in first.items():
+        assert torch.equal(x, second[name]), name
+
+
+@pytest.mark.parametrize("wanted", NAMES)
+def test_one_gradient_alone_is_the_same(wanted):
+    case = Case(Q=20, S=40, padding="ragged", shared_k_pos=True)
+    problem = Problem.random(case)
+    every = problem.run(case)
+    arguments = (*problem.inputs.values(), problem.key_padding_mask, None, None)
+    needs = tuple(name == wanted for name in NAMES)
+    gradients = backward(problem.d_out, *arguments, every["out"], every["lse"], case.scale, 0.0, needs)
+    for name, gradient in zip(NAMES, gradients, strict=True):
+        if name == wanted:
+            assert torch.equal(gradient, every[f"d_{name}"])
+        else:
+            assert gradient is None
+
+
+def test_incoming_gradient_of_any_strides():
+    case = Case(Q=20, S=40)
+    problem = Problem.random(case)
+    dense = problem.run(case)
+    for layout in ("slices", "permuted", "columns"):
+        problem.d_out = laid_out(problem.d_out, layout)
+        for name, x in problem.run(case).items():
+            assert torch.equal(x, dense[name]), (layout, name)
+    problem.d_out = torch.ones(()).expand(problem.d_out.shape)  # that of a sum
+    assert_accurate(problem.run(case), problem, case)
+
+
+# With v the identity, out is the matrix of weights itself: dropout can be read off.
+DROPOUT = Case(Q=100, S=64, d_v=64)
+P = 0.3
+
+
+def dropped_weights(problem: Problem, case: Case, rng: Tensor, dropout_p: float = P) -> Tensor:  # [B, H, Q, S]
+    """R of the kernels: 0 or 1 / (1 - p), from the ratio of the weights with and without dropout."""
+    eye = torch.eye(case.S).expand(case.B, case.H, -1, -1).transpose(1, 2).to(case.dtype)
+    probe = replace(problem, inputs={**problem.inputs, "v": eye})
+    arguments = (*probe.inputs.values(), None, None)
+    thinned, _ = forward(*arguments, rng, case.scale, dropout_p, case.config)
+    whole, _ = forward(*arguments, None, case.scale, 0.0, case.config)
+    return (thinned / whole).transpose(1, 2).double()
+
+
+def test_dropout_keeps_the_right_share_and_scale():
+    rng = torch.tensor([20, 26])
+    weights = dropped_weights(Problem.random(DROPOUT), DROPOUT, rng)
+    kept = weights != 0
+    torch.testing.assert_close(weights[kept], torch.full_like(weights[kept], 1 / (1 - P)), rtol=1e-5, atol=0)
+    n = kept.numel()
+    # Five standard deviations of a binomial count, whole and per row and column group.
+    assert abs(kept.double().mean() - (1 - P)) < 5 * math.sqrt(P * (1 - P) / n)
+    for dim in range(4):
+        share = kept.double().mean([d for d in range(4) if d != dim])
+        assert (share - (1 - P)).abs().max() < 5 * math.sqrt(P * (1 - P) * kept.shape[dim] / n)
+    # Neighbours along every dimension are independent.
+    for dim in range(4):
+        a, b = kept.narrow(dim, 0, kept.shape[dim] - 1), kept.narrow(dim, 1, kept.shape[dim] - 1)
+        both = (a & b).double().mean()
+        assert abs(both - (1 - P) ** 2) < 6 * math.sqrt((1 - P) ** 2 / a.numel()), dim
+
+
+def test_seeds_and_offsets_give_independent_masks():
+    problem = Problem.random(DROPOUT)
+    first = dropped_weights(problem, DROPOUT, torch.tensor([1, 0])) != 0
+    assert torch.equal(first, dropped_weights(problem, DROPOUT, torch.tensor([1, 0])) != 0)
+    for state in ((2, 0), (1, 1), (1 + (1 << 32), 0), (-1, -1)):
+        other = dropped_weights(problem, DROPOUT, torch.tensor(state)) != 0
+        both = (first & other).double().mean()
+        assert abs(both - (1 - P) ** 2) < 6 * math.sqrt((1 - P) ** 2 / first.numel()), state
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
+def test_dropout_has_the_same_mask_in_backward_whatever_the_tiles(dtype):
+    case = Case(Q=20, S=64, d_v=32, dtype=dtype)
+    problem = Problem.random(case)
+    rng = torch.tensor([7, 3])
+    kept = dropped_weights(problem, replace(case, d_v=case.S), rng)
+    weights = torch.where(kept == 0, 0.0, 1 / (1 - P)).double()
+    exact = problem.expected(case, torch.float64, weights)
+    for config in (None, AttentionConfig(16, 32, 4, 2, splits=2)):
+        for name, got in problem.run(replace(case, config=config), P, rng).items():
+            # As without dropout; the weights that are kept are 1 / (1 - p) larger.
+            bound = 2 * FLOOR[dtype] * max(1.0, exact[name].abs().max())
+            assert (got.double() - exact[name]).abs().max() < bound, (config, name)
+
+
+def test_dropout_of_everything():
+    case = Case(Q=7, S=20)
+    problem = Problem.random(case)
+    results = problem.run(case, 1.0, torch.tensor([1, 1]))
+    for name, x in results.items():
+        if name != "lse":
+            assert (x == 0).all(), name
+
+
+def test_keys_are_split_to_fill_the_processor():
+    sms = 132
+    assert (
+        key_splits(40, 17, sms) == 4
+    )  # one image, 300 queries in 5 blocks, 8 heads, 1050 keys: each split has 4 blocks
+    assert key_splits(40, 66, sms) == 6  # 4200 keys: two programs on each SM
+    assert key_splits(40, 5, sms) == 1  # self-attention
+    assert key_splits(1280, 66, sms) == 1  # 32 images fill it as they are
+
+
+def test_heads_wider_than_the_tables_are_refused():
+    case = Case(d=65, Q=7, S=7)
+    with pytest.raises(ValueError, match="at most 64 wide, got 65"):
+        Problem.random(case).run(case)
