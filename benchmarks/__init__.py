@@ -1,0 +1,1 @@
+"""Every claim of this project, one command away: see docs/benchmarks.md."""

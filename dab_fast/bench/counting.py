@@ -1,0 +1,81 @@
+"""Launches, host syncs and kept bytes of a provider's decoder; the same on every machine with the same libraries."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dab_fast import measure
+from dab_fast.bench.providers import PROVIDERS, Provider
+from dab_fast.bench.workloads import FEATURE_MAPS, PAPER, Decoder, Prepared, Shape, Size, Workload
+
+METRICS = ("aten_calls", "kernel_launches", "host_syncs", "saved_bytes")
+
+
+def cotangents(outputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """Random gradients of the outputs, the same for every provider; 1 for a scalar loss."""
+    generator = torch.Generator().manual_seed(1)
+    return [
+        torch.ones_like(x) if x.dim() == 0 else torch.randn(x.shape, generator=generator).to(x.device, x.dtype)
+        for x in outputs
+    ]
+
+
+def gradients(
+    prepared: Prepared, outputs: tuple[Tensor, ...], *, retain_graph: bool = False, cotangent: list[Tensor]
+) -> dict[str, Tensor | None]:
+    """Of every leaf, by name; None where it has none."""
+    pairs = [(x, g) for x, g in zip(outputs, cotangent, strict=True) if x.requires_grad]
+    found = torch.autograd.grad(
+        [x for x, _ in pairs],
+        list(prepared.leaves.values()),
+        [g for _, g in pairs],
+        allow_unused=True,
+        retain_graph=retain_graph,
+    )
+    return dict(zip(prepared.leaves, found, strict=True))
+
+
+def count_modes(work: Workload, provider: Provider) -> dict[str, dict[str, int]]:
+    """{mode: {metric: number}} of one provider; Triton kernels are counted, not run."""
+    prepared = provider.build(work)
+    found: dict[str, dict[str, int]] = {}
+    for mode in provider.modes or ("inference", "training"):
+        training = mode == "training"
+
+        def step(training: bool = training) -> None:
+            with torch.set_grad_enabled(training):
+                outputs = prepared.forward()
+            if training:
+                given = _zero_cost_cotangents(outputs)
+                gradients(prepared, outputs, cotangent=given)
+
+        measure.count(step, execute_kernels=False)  # what only the first call does
+        counts = measure.count(step, execute_kernels=False)
+        kept = measure.saved_bytes(prepared.forward, prepared.parameters()) if training else 0
+        numbers = (counts.aten.total(), counts.kernels.total(), counts.syncs.total(), kept)
+        found[mode] = dict(zip(METRICS, numbers, strict=True))
+    return found
+
+
+def _zero_cost_cotangents(outputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """An allocation and no call that computes: the gradients come from elsewhere in real training."""
+    return [torch.empty_like(x) for x in outputs]
+
+
+def decoder_counts(tokens: tuple[int, ...] = tuple(FEATURE_MAPS), size: Size = PAPER) -> dict[str, dict]:
+    """{tokens: {provider: {mode: {metric: number}}}} of the decoder at B = 1, fp32."""
+    counts: dict[str, dict] = {}
+    for s in tokens:
+        height, width = FEATURE_MAPS[s]
+        work = Decoder(Shape(height=height, width=width), size=size)
+        counts[str(s)] = {
+            p.name: count_modes(work, p) for p in PROVIDERS.values() if p.counted and p.why_not(work) is None
+        }
+    return counts
+
+
+def not_counted(device: torch.device) -> dict[str, str]:
+    """Providers that should be counted but cannot be here, and why."""
+    work = Decoder(device=device)
+    return {p.name: reason for p in PROVIDERS.values() if p.counted and (reason := p.why_not(work)) is not None}
