@@ -8,6 +8,7 @@ Importing this package imports torch, but neither triton nor transformers nor th
 """
 
 from dab_fast.accelerate import accelerate, restore
+from dab_fast.checkpoint import load_checkpoint
 from dab_fast.config import DecoderConfig
 from dab_fast.decoder import DabDecoder
 from dab_fast.ops import box_position_embed, modulated_cross_attention, refine_boxes, sine_embed
@@ -20,6 +21,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "box_position_embed",
+    "load_checkpoint",
     "modulated_cross_attention",
     "refine_boxes",
     "restore",

@@ -31,7 +31,7 @@ _PROBE_TOLERANCE = 1e-3
 
 
 def fast_class(module: nn.Module) -> type[Fast] | None:
-    if not _looks_like_decoder(module) or why_not(module) is not None:
+    if not looks_like_decoder(module) or why_not(module) is not None:
         return None
     return _fast_class(type(module))  # type: ignore[arg-type]
 
@@ -39,7 +39,7 @@ def fast_class(module: nn.Module) -> type[Fast] | None:
 def why_not(module: nn.Module) -> str | None:
     from dab_fast.idea_research import TransformerDecoder  # which imports this file
 
-    if not _looks_like_decoder(module):
+    if not looks_like_decoder(module):
         return None
     if isinstance(module, (DabDecoder, TransformerDecoder)):
         return f"{type(module).__qualname__} is fast already"
@@ -58,7 +58,7 @@ def why_not(module: nn.Module) -> str | None:
     return None
 
 
-def _looks_like_decoder(module: nn.Module) -> bool:
+def looks_like_decoder(module: nn.Module) -> bool:
     layers = module._modules.get("layers")
     return (
         set(module._modules) >= _DECODER_MARKS
@@ -269,7 +269,6 @@ def _randomized_copy(module: nn.Module) -> tuple[nn.Module, Callable[..., Tensor
     return module, randn
 
 
-@functools.lru_cache(maxsize=64)
 def _config(rates: tuple[float, float, float], **fields: Any) -> DecoderConfig:
     dropout, attention_dropout, activation_dropout = rates
     return DecoderConfig(

@@ -48,16 +48,16 @@ def canonical_name(name: str) -> str:
 
 
 def fast_class(module: nn.Module) -> type[Fast] | None:
-    return _fast_classes().get(type(module)) if _is_theirs(module) else None
+    return _fast_classes().get(type(module)) if is_theirs(module) else None
 
 
 def why_not(module: nn.Module) -> str | None:
-    if _is_theirs(module) and isinstance(module, tuple(_fast_classes())):
+    if is_theirs(module) and isinstance(module, tuple(_fast_classes())):
         return f"{type(module).__qualname__} is a subclass, which may compute something else"
     return None
 
 
-def _is_theirs(module: nn.Module) -> bool:
+def is_theirs(module: nn.Module) -> bool:
     return any(c.__module__ == "transformers.models.dab_detr.modeling_dab_detr" for c in type(module).__mro__)
 
 
