@@ -44,8 +44,10 @@ def decode(
     attention_dropout_p = config.attention_dropout if training else 0.0
     joint = _joint_weights(params, config)
     by_head = (config.nhead, d // config.nhead)
-    keys_values = F.linear(memory, *joint.memory).unflatten(-1, (config.num_layers, 2, *by_head))
-    keys_pos = _project_pos(pos, *joint.pos, spatial_shape).unflatten(-1, (config.num_layers, *by_head))
+    # unbind and split, not indexing: their backward is one concatenation instead of a zero-filled whole per slice.
+    keys_values = F.linear(memory, *joint.memory).unflatten(-1, (2 * config.num_layers, *by_head)).unbind(-3)
+    keys_pos = _project_pos(pos, *joint.pos, spatial_shape)
+    keys_pos = keys_pos.unflatten(-1, (config.num_layers, *by_head)).unbind(-3)
 
     def heads(x: Tensor) -> Tensor:  # [B * Q, D] -> [B, Q, H, d]
         return x.view(b, q, *by_head)
@@ -71,13 +73,14 @@ def decode(
         query_pos = reference.mlp(params, "ref_point_head", sine)
 
         qkv = F.linear(x, joint.self_content[layer], joint.self_bias[layer])
-        qk = torch.addmm(qkv[:, : 2 * d], query_pos, joint.self_pos[layer].mT)
+        qk, v = qkv.split((2 * d, d), -1)
+        self_q, self_k = torch.addmm(qk, query_pos, joint.self_pos[layer].mT).chunk(2, -1)
         attended = ops.modulated_cross_attention(
-            heads(qk[:, :d]),
+            heads(self_q),
             None,
-            heads(qk[:, d:]),
+            heads(self_k),
             None,
-            heads(qkv[:, 2 * d :]),
+            heads(v),
             key_padding_mask=tgt_key_padding_mask,
             attn_mask=tgt_mask,
             dropout_p=attention_dropout_p,
@@ -93,9 +96,9 @@ def decode(
         attended = ops.modulated_cross_attention(
             heads(q_content),
             heads(reference.saturate(q_pos, q_pos.dtype)),
-            keys_values[..., layer, 0, :, :],
-            keys_pos[..., layer, :, :],
-            keys_values[..., layer, 1, :, :],
+            keys_values[2 * layer],
+            keys_pos[layer],
+            keys_values[2 * layer + 1],
             key_padding_mask=memory_key_padding_mask,
             attn_mask=memory_mask,
             dropout_p=attention_dropout_p,
@@ -289,9 +292,9 @@ _CONTAINERS = {DabDecoderLayer, MLP, OutProj}
 class _JointWeights(NamedTuple):
     memory: tuple[Tensor, Tensor]  # [L * 2 * D, D], [L * 2 * D]: per layer k_content, v
     pos: tuple[Tensor, Tensor]  # [L * D, D], [L * D]: per layer k_pos
-    self_content: Tensor  # [L, 3 * D, D]: per layer q, k, v of the content
-    self_pos: Tensor  # [L, 2 * D, D]: per layer q, k of the query position
-    self_bias: Tensor  # [L, 3 * D]: of q, k (content and position added) and v
+    self_content: tuple[Tensor, ...]  # L times [3 * D, D]: q, k, v of the content
+    self_pos: tuple[Tensor, ...]  # L times [2 * D, D]: q, k of the query position
+    self_bias: tuple[Tensor, ...]  # L times [3 * D]: of q, k (content and position added) and v
     content_heads: tuple[Tensor, Tensor] | None  # first layers of query_scale and ref_anchor_head, if both exist
 
 
@@ -309,9 +312,9 @@ def _joint_weights(params: Parameters, config: DecoderConfig) -> _JointWeights:
     return _JointWeights(
         memory=(join("weight", "ca_kcontent", "ca_v"), join("bias", "ca_kcontent", "ca_v")),
         pos=(join("weight", "ca_kpos"), join("bias", "ca_kpos")),
-        self_content=stack("weight", *content),
-        self_pos=stack("weight", "sa_qpos", "sa_kpos"),
-        self_bias=bias + F.pad(pos_bias, (0, config.d_model)),
+        self_content=stack("weight", *content).unbind(),
+        self_pos=stack("weight", "sa_qpos", "sa_kpos").unbind(),
+        self_bias=(bias + F.pad(pos_bias, (0, config.d_model))).unbind(),
         content_heads=(
             torch.cat([params[f"{head}.layers.0.weight"] for head in heads]),
             torch.cat([params[f"{head}.layers.0.bias"] for head in heads]),
