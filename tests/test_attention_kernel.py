@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from dab_fast.kernels.configs import AttentionConfig, key_splits
-from dab_fast.kernels.modulated_cross_attention import forward
-from dab_fast.kernels.modulated_cross_attention_backward import backward
+from dab_fast.kernels.modulated_cross_attention import backward, forward
 
 NAMES = ("q_content", "q_pos", "k_content", "k_pos", "v")
 
@@ -93,14 +92,12 @@ class Problem:
     def run(self, case: Case, dropout_p: float = 0.0, rng: Tensor | None = None) -> dict[str, Tensor]:
         arguments = (*self.inputs.values(), self.key_padding_mask, self.attn_mask, rng)
         out, lse = forward(*arguments, case.scale, dropout_p, case.config)
-        needs = tuple(x is not None for x in self.inputs.values())
-        one_split = case.config and replace(case.config, splits=1)
-        gradients = backward(
-            self.d_out, *arguments, out, lse, case.scale, dropout_p, needs, query_config=one_split, key_config=one_split
-        )
+        needs = [x is not None for x in self.inputs.values()]
+        configs = (case.config, case.config)
+        gradients = backward(self.d_out, *arguments, out, lse, case.scale, dropout_p, *needs, *configs)
         results = {"out": out, "lse": lse}
-        results |= {f"d_{name}": g for name, g in zip(NAMES, gradients, strict=True) if g is not None}
-        return results
+        names = [name for name, need in zip(NAMES, needs, strict=True) if need]
+        return results | {f"d_{name}": g for name, g in zip(names, gradients, strict=True)}
 
     def expected(self, case: Case, dtype: torch.dtype, weights: Tensor | float = 1.0) -> dict[str, Tensor]:
         """The plain writing and PyTorch's own gradients in `dtype`; `weights` stands for dropout, [B, H, Q, S]."""
@@ -252,13 +249,9 @@ def test_one_gradient_alone_is_the_same(wanted):
     problem = Problem.random(case)
     every = problem.run(case)
     arguments = (*problem.inputs.values(), problem.key_padding_mask, None, None)
-    needs = tuple(name == wanted for name in NAMES)
-    gradients = backward(problem.d_out, *arguments, every["out"], every["lse"], case.scale, 0.0, needs)
-    for name, gradient in zip(NAMES, gradients, strict=True):
-        if name == wanted:
-            assert torch.equal(gradient, every[f"d_{name}"])
-        else:
-            assert gradient is None
+    needs = [name == wanted for name in NAMES]
+    (gradient,) = backward(problem.d_out, *arguments, every["out"], every["lse"], case.scale, 0.0, *needs)
+    assert torch.equal(gradient, every[f"d_{wanted}"])
 
 
 def test_incoming_gradient_of_any_strides():

@@ -1,35 +1,10 @@
-"""What every kernel file shares: the interpreter flag and the tile loads."""
+"""Tiles of rows, as the kernels read and write them."""
 
-import contextlib
-
-import torch
 import triton
 import triton.language as tl
 
-from dab_fast.kernels.configs import Arithmetic
-
 # Under TRITON_INTERPRET=1 the kernels run on CPU tensors, where bf16 arithmetic is wrong: tiles are widened.
 INTERPRET = bool(triton.knobs.runtime.interpret)
-
-
-def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device: make that the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
-def unit_stride(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself, or a copy when its last dimension is not dense."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def dot_arithmetic(dtype: torch.dtype) -> Arithmetic:
-    """fp32 operands are multiplied exactly, unless the user allowed tf32 for matrix products.
-
-    The interpreter is exact in any case, and has no registers to save by small tiles.
-    """
-    if dtype != torch.float32 or INTERPRET:
-        return "half"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 @triton.constexpr_function

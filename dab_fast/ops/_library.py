@@ -84,3 +84,63 @@ box_position_embed_backward = _define(
     "bool need_logits, str backend) -> Tensor[]",
     _box_position_embed_backward,
 )
+
+
+def _modulated_cross_attention(
+    q_content: Tensor,  # [B, Q, H, d]
+    q_pos: Tensor | None,  # [B, Q, H, d_pos]
+    k_content: Tensor,  # [B, S, H, d]
+    k_pos: Tensor | None,  # [B or 1, S, H, d_pos]
+    v: Tensor,  # [B, S, H, d_v]
+    key_padding_mask: Tensor | None,  # bool [B, S], True = padded
+    attn_mask: Tensor | None,  # bool [Q, S] or [B * H, Q, S], True = hidden
+    rng: Tensor | None,  # int64 [2]: seed and offset of the dropout
+    scale: float,
+    dropout_p: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:  # [B, Q, H, d_v], and the log-sum-exp of the logits, float32 [B, H, Q]
+    b, q, h, _ = q_content.shape
+    return v.new_empty(b, q, h, v.shape[3]), v.new_empty(b, h, q, dtype=torch.float32)
+
+
+modulated_cross_attention = _define(
+    "modulated_cross_attention(Tensor q_content, Tensor? q_pos, Tensor k_content, Tensor? k_pos, Tensor v, "
+    "Tensor? key_padding_mask, Tensor? attn_mask, Tensor? rng, float scale, float dropout_p, str backend) "
+    "-> (Tensor, Tensor)",
+    _modulated_cross_attention,
+)
+
+
+def _modulated_cross_attention_backward(
+    d_out: Tensor,  # [B, Q, H, d_v]
+    q_content: Tensor,
+    q_pos: Tensor | None,
+    k_content: Tensor,
+    k_pos: Tensor | None,
+    v: Tensor,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    rng: Tensor | None,
+    out: Tensor,  # of the forward
+    lse: Tensor,  # of the forward
+    scale: float,
+    dropout_p: float,
+    need_q_content: bool,
+    need_q_pos: bool,
+    need_k_content: bool,
+    need_k_pos: bool,
+    need_v: bool,
+    backend: str,
+) -> list[Tensor]:  # those needed of d_q_content, d_q_pos, d_k_content, d_k_pos, d_v, as the inputs are
+    needs = (need_q_content, need_q_pos, need_k_content, need_k_pos, need_v)
+    inputs = (q_content, q_pos, k_content, k_pos, v)
+    return [x.new_empty(x.shape) for x, need in zip(inputs, needs, strict=True) if need and x is not None]
+
+
+modulated_cross_attention_backward = _define(
+    "modulated_cross_attention_backward(Tensor d_out, Tensor q_content, Tensor? q_pos, Tensor k_content, "
+    "Tensor? k_pos, Tensor v, Tensor? key_padding_mask, Tensor? attn_mask, Tensor? rng, Tensor out, Tensor lse, "
+    "float scale, float dropout_p, bool need_q_content, bool need_q_pos, bool need_k_content, bool need_k_pos, "
+    "bool need_v, str backend) -> Tensor[]",
+    _modulated_cross_attention_backward,
+)

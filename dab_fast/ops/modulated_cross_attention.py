@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dab_fast import reference
+from dab_fast.kernels.configs import WIDEST_HEAD
+from dab_fast.ops import _backends, _library
 from dab_fast.ops._checks import check_tensor
 
 
@@ -42,7 +48,57 @@ def modulated_cross_attention(
         check_tensor("attn_mask", attn_mask, shape, like=q_content, boolean=True)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    return composition(q_content, q_pos, k_content, k_pos, v, key_padding_mask, attn_mask, scale, dropout_p)
+    tensors = (q_content, q_pos, k_content, k_pos, v)
+    given = [x for x in tensors if x is not None]
+    dtypes = [reference.compute_dtype(x) for x in given]
+    widest = max(x.shape[-1] for x in given)
+    backend = _backends.select("modulated_cross_attention", q_content, _LIMITS, dtypes, widest, scale)
+    if backend == "torch":
+        return composition(q_content, q_pos, k_content, k_pos, v, key_padding_mask, attn_mask, scale, dropout_p)
+    if scale is None:
+        scale = 1 / math.sqrt(d + (0 if q_pos is None else q_pos.shape[-1]))
+    rng = None
+    if dropout_p > 0:
+        # On the device, from its default generator: seeding, checkpointing and CUDA-graph replays see it.
+        rng = torch.randint(-(2**63), 2**63 - 1, (2,), device=q_content.device)
+    casted = [None if x is None else x.to(dtypes[0]) for x in tensors]
+    args = (*casted, key_padding_mask, attn_mask, rng, scale, dropout_p, backend)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+        return _ModulatedCrossAttention.apply(*args)
+    return _library.modulated_cross_attention(*args)[0]
+
+
+class _ModulatedCrossAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_content: Tensor,  # [B, Q, H, d]
+        q_pos: Tensor | None,  # [B, Q, H, d_pos]
+        k_content: Tensor,  # [B, S, H, d]
+        k_pos: Tensor | None,  # [B or 1, S, H, d_pos]
+        v: Tensor,  # [B, S, H, d_v]
+        key_padding_mask: Tensor | None,  # bool [B, S]
+        attn_mask: Tensor | None,  # bool [Q, S] or [B * H, Q, S]
+        rng: Tensor | None,  # int64 [2]
+        scale: float,
+        dropout_p: float,
+        backend: str,
+    ) -> Tensor:  # [B, Q, H, d_v]
+        inputs = (q_content, q_pos, k_content, k_pos, v, key_padding_mask, attn_mask, rng)
+        out, lse = _library.modulated_cross_attention(*inputs, scale, dropout_p, backend)
+        ctx.save_for_backward(*inputs, out, lse)
+        ctx.options = scale, dropout_p
+        ctx.backend = backend
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[:5]
+        found = iter(
+            _library.modulated_cross_attention_backward(d_out, *ctx.saved_tensors, *ctx.options, *needs, ctx.backend)
+        )
+        return (*(next(found) if need else None for need in needs), *(None,) * 6)
 
 
 def composition(
@@ -94,3 +150,18 @@ def composition(
     if blind is not None:
         attended = attended.masked_fill(blind, 0)
     return attended.transpose(1, 2)[..., :d_v]
+
+
+def _triton_limits(dtypes: list[torch.dtype], widest: int, scale: float | None) -> str | None:
+    if any(dtype != dtypes[0] for dtype in dtypes):
+        return f"its kernels need one dtype for all tensors, got {', '.join(map(str, dtypes))}"
+    if dtypes[0] not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"its kernels compute in float32, float16 or bfloat16, got {dtypes[0]}"
+    if widest > WIDEST_HEAD:
+        return f"its heads are at most {WIDEST_HEAD} wide, got {widest}"
+    if scale is not None and scale <= 0:
+        return f"its kernels need a positive scale, got {scale}"
+    return None
+
+
+_LIMITS = {"triton": _triton_limits}

@@ -18,28 +18,11 @@ the kernel would save that buffer but leave B times fewer programs (136 at S = 1
 as long; the buffer costs 34 MB at B = 32, S = 1050, which is some 20 µs of an H100's memory bandwidth.
 """
 
-import torch
 import triton
 import triton.language as tl
 
-from dab_fast.kernels._common import (
-    dot_arithmetic,
-    load_rows,
-    on_device_of,
-    store_rows,
-    tile_width,
-    unit_stride,
-)
-from dab_fast.kernels.configs import AttentionConfig, attention_config
-from dab_fast.kernels.modulated_cross_attention import (
-    LOG2E,
-    dropout_scale,
-    hide,
-    kept,
-    kernel_inputs,
-    launch_options,
-    visible_range,
-)
+from dab_fast.kernels._attention_forward import LOG2E, hide, kept, visible_range
+from dab_fast.kernels._common import load_rows, store_rows, tile_width
 
 
 @triton.jit(do_not_specialize=["Q", "S", "stride_padding_b", "stride_hidden_bh", "stride_hidden_q"])
@@ -307,85 +290,3 @@ def backward_key_kernel(
         store_rows(p_dk_pos + o_head * DP, s_start, S, H * DP, b_dk_pos * b_scale, BLOCK_S, DP)
     if p_dv is not None:
         store_rows(p_dv + o_head * DV, s_start, S, H * DV, b_dv, BLOCK_S, DV)
-
-
-def backward(
-    d_out: torch.Tensor,  # [B, Q, H, DV]
-    q_content: torch.Tensor,  # [B, Q, H, D]
-    q_pos: torch.Tensor | None,  # [B, Q, H, DP]
-    k_content: torch.Tensor,  # [B, S, H, D]
-    k_pos: torch.Tensor | None,  # [B or 1, S, H, DP]
-    v: torch.Tensor,  # [B, S, H, DV]
-    key_padding_mask: torch.Tensor | None,  # [B, S] bool, True = padded
-    attn_mask: torch.Tensor | None,  # [Q, S] or [B·H, Q, S] bool, True = hidden
-    rng: torch.Tensor | None,  # [2] int64, as given to the forward
-    out: torch.Tensor,  # [B, Q, H, DV], contiguous
-    lse: torch.Tensor,  # [B, H, Q], contiguous
-    scale: float,
-    dropout_p: float,
-    needs: tuple[bool, bool, bool, bool, bool],  # which of the five gradients below are wanted
-    query_config: AttentionConfig | None = None,
-    key_config: AttentionConfig | None = None,
-) -> tuple[torch.Tensor | None, ...]:
-    """The gradients of q_content, q_pos, k_content, k_pos and v as those are shaped, None where unwanted."""
-    B, Q, H, D = q_content.shape
-    S, DV = v.shape[1], v.shape[3]
-    DP = 0 if q_pos is None else q_pos.shape[3]
-    wanted = [x if need else None for x, need in zip((q_content, q_pos, k_content, k_pos, v), needs, strict=True)]
-    if out.numel() == 0 or S == 0:
-        return tuple(None if x is None else x.new_zeros(x.shape) for x in wanted)
-
-    dq_content, dq_pos, dk_content, dk_pos, dv = (None if x is None else x.new_empty(x.shape) for x in wanted)
-    dk_pos_images = dk_pos
-    if dk_pos is not None and dk_pos.shape[0] != B:
-        dk_pos_images = dk_pos.new_empty(B, S, H, DP, dtype=torch.float32)
-    lse2 = torch.empty_like(lse)
-    delta = torch.empty_like(lse)
-    d_out = unit_stride(d_out)
-    inputs, strides, mask_strides = kernel_inputs(q_content, q_pos, k_content, k_pos, v, key_padding_mask, attn_mask)
-    arithmetic = dot_arithmetic(v.dtype)
-    kind = arithmetic, max(D, DP, DV), attn_mask is not None or dropout_p > 0
-    query_config = query_config or attention_config("query", *kind)
-    key_config = key_config or attention_config("key", *kind)
-    shapes = (
-        *strides,
-        *d_out.stride()[:3],
-        *mask_strides,
-        H,
-        Q,
-        S,
-        scale,
-        dropout_p,
-        dropout_scale(dropout_p),
-    )
-    with on_device_of(v):
-        # Always: the second kernel needs D, too.
-        backward_query_kernel[(triton.cdiv(Q, query_config.block_q) * B * H,)](
-            *inputs,
-            rng,
-            out,
-            lse,
-            d_out,
-            lse2,
-            delta,
-            dq_content,
-            dq_pos,
-            *shapes,
-            **launch_options(D, DP, DV, arithmetic, query_config),
-        )
-        if any(needs[2:]):
-            backward_key_kernel[(triton.cdiv(S, key_config.block_s) * B * H,)](
-                *inputs,
-                rng,
-                lse2,
-                delta,
-                d_out,
-                dk_content,
-                dk_pos_images,
-                dv,
-                *shapes,
-                **launch_options(D, DP, DV, arithmetic, key_config),
-            )
-    if dk_pos is not None and dk_pos_images is not None and dk_pos_images is not dk_pos:
-        dk_pos = dk_pos_images.sum(0, keepdim=True).to(dk_pos.dtype)
-    return dq_content, dq_pos, dk_content, dk_pos, dv

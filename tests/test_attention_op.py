@@ -1,0 +1,178 @@
+"""modulated_cross_attention on its Triton backend, among PyTorch's own machinery."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from dab_fast import ops
+
+NAMES = ("q_content", "q_pos", "k_content", "k_pos", "v")
+
+
+def inputs(B=2, Q=9, S=20, H=2, d=16, d_v=32, dtype=torch.float32, shared_k_pos=False) -> dict[str, Tensor]:
+    shapes = ((B, Q, H, d), (B, Q, H, d), (B, S, H, d), (1 if shared_k_pos else B, S, H, d), (B, S, H, d_v))
+    return {name: torch.randn(shape).to(dtype) for name, shape in zip(NAMES, shapes, strict=True)}
+
+
+def results(function, tensors: dict[str, Tensor], **options) -> list[Tensor]:
+    """The output, and the gradient of every tensor."""
+    leaves = {name: x.detach().clone().requires_grad_() for name, x in tensors.items()}
+    out = function(**leaves, **options)
+    weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float32).view_as(out)
+    return [out.detach(), *torch.autograd.grad((out * weights).sum(), list(leaves.values()))]
+
+
+@pytest.fixture
+def triton():
+    with ops.backend("triton"):
+        yield
+
+
+def test_it_is_the_composition_of_plain_pytorch():
+    tensors = inputs(shared_k_pos=True)
+    masks = {"key_padding_mask": torch.rand(2, 20) < 0.3, "attn_mask": torch.rand(9, 20) < 0.3}
+    for options in ({}, masks, {"scale": 0.3}):
+        with ops.backend("torch"):
+            expected = results(ops.modulated_cross_attention, tensors, **options)
+        with ops.backend("triton"):
+            actual = results(ops.modulated_cross_attention, tensors, **options)
+        # Both in fp32, sums of fewer than a hundred products of size one.
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_one_part_serves_self_attention():
+    tensors = {name: x for name, x in inputs().items() if "pos" not in name}
+
+    def attend(**x):
+        return ops.modulated_cross_attention(x["q_content"], None, x["k_content"], None, x["v"])
+
+    with ops.backend("torch"):
+        expected = results(attend, tensors)
+    with ops.backend("triton"):
+        torch.testing.assert_close(results(attend, tensors), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_only_what_requires_grad_gets_one(triton):
+    tensors = inputs()
+    tensors["k_pos"].requires_grad_()
+    tensors["v"].requires_grad_()
+    ops.modulated_cross_attention(**tensors).sum().backward()
+    assert [name for name, x in tensors.items() if x.grad is not None] == ["k_pos", "v"]
+    with torch.no_grad():
+        assert ops.modulated_cross_attention(**tensors).grad_fn is None
+
+
+def test_opcheck():
+    x = inputs(shared_k_pos=True)
+    permuted = {name: t.transpose(0, 1).contiguous().transpose(0, 1) for name, t in x.items()}
+    padding, rng = torch.rand(2, 20) < 0.3, torch.tensor([1, 2])
+    for tensors in (x, permuted):
+        args = (*tensors.values(), padding, None, rng, 0.2, 0.1, "triton")
+        torch.library.opcheck(torch.ops.dab_fast.modulated_cross_attention.default, args)
+        out, lse = torch.ops.dab_fast.modulated_cross_attention(*args)
+        args = (torch.randn_like(out), *args[:8], out, lse, 0.2, 0.1, True, False, True, True, True, "triton")
+        torch.library.opcheck(torch.ops.dab_fast.modulated_cross_attention_backward.default, args)
+
+
+def test_compiled_in_one_dynamic_graph(triton):
+    compiled = torch.compile(ops.modulated_cross_attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    for sizes in ({"Q": 9, "S": 20}, {"Q": 12, "S": 33, "B": 3}):
+        tensors = inputs(**sizes, shared_k_pos=True)
+        padding = torch.rand(tensors["v"].shape[:2]) < 0.3
+        actual = results(compiled, tensors, key_padding_mask=padding)
+        expected = results(ops.modulated_cross_attention, tensors, key_padding_mask=padding)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_autocast_computes_in_its_dtype(triton, dtype):
+    tensors = inputs()
+    tensors["v"] = tensors["v"].to(dtype)  # as a projection under autocast leaves it
+    with torch.autocast("cpu", dtype):
+        actual = results(ops.modulated_cross_attention, tensors)
+    assert actual[0].dtype == dtype
+    assert [x.dtype for x in actual[1:]] == [x.dtype for x in tensors.values()]
+    expected = results(ops.modulated_cross_attention, {name: x.to(dtype) for name, x in tensors.items()})
+    for got, want in zip(actual, expected, strict=True):
+        torch.testing.assert_close(got.to(dtype), want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("reentrant", (True, False))
+def test_checkpointing_repeats_the_dropout(triton, reentrant):
+    tensors = inputs()
+
+    def checkpointed(**x):
+        return checkpoint(
+            lambda *parts: ops.modulated_cross_attention(*parts, dropout_p=0.5), *x.values(), use_reentrant=reentrant
+        )
+
+    torch.manual_seed(5)
+    expected = results(ops.modulated_cross_attention, tensors, dropout_p=0.5)
+    torch.manual_seed(5)
+    if reentrant:  # which only speaks to backward()
+        leaves = {name: x.clone().requires_grad_() for name, x in tensors.items()}
+        out = checkpointed(**leaves)
+        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+        actual = [out.detach(), *(x.grad for x in leaves.values())]
+    else:
+        actual = results(checkpointed, tensors)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_dropout_follows_the_default_generator(triton):
+    tensors = inputs()
+    torch.manual_seed(1)
+    first, second = (ops.modulated_cross_attention(**tensors, dropout_p=0.5) for _ in range(2))
+    torch.manual_seed(1)
+    again = ops.modulated_cross_attention(**tensors, dropout_p=0.5)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second)
+
+
+def test_gradients_by_finite_differences(triton):
+    """The op is fp32; in each direction the central difference of a smooth function errs by about step squared."""
+    tensors = inputs(B=1, Q=3, S=5, H=1, shared_k_pos=True)
+    padding = torch.tensor([[False, True, False, False, False]])
+    _, *gradients = results(ops.modulated_cross_attention, tensors, key_padding_mask=padding)
+    step = 1e-2
+    for name, gradient in zip(NAMES, gradients, strict=True):
+        direction = torch.randn_like(tensors[name])
+        direction /= direction.norm()
+
+        def value(shift, name=name, direction=direction):
+            moved = tensors | {name: tensors[name] + shift * direction}
+            out = ops.modulated_cross_attention(**moved, key_padding_mask=padding)
+            return (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().double()
+
+        difference = (value(step) - value(-step)) / (2 * step)
+        assert abs(difference - (gradient * direction).sum()) < 1e-3, name
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    (
+        ({"dtype": torch.float64}, "compute in float32, float16 or bfloat16, got torch.float64"),
+        ({"d_v": 65}, "at most 64 wide, got 65"),
+    ),
+)
+def test_a_backend_asked_for_by_name_says_why_it_cannot(triton, change, reason):
+    with pytest.raises(RuntimeError, match=reason):
+        ops.modulated_cross_attention(**inputs(**change))
+
+
+def test_mixed_dtypes_are_named(triton):
+    tensors = inputs()
+    tensors["v"] = tensors["v"].half()
+    with pytest.raises(RuntimeError, match=r"one dtype for all tensors, got .*float32.*float16"):
+        ops.modulated_cross_attention(**tensors)
+
+
+@pytest.mark.parametrize("sizes", ({"B": 0}, {"Q": 0}, {"S": 0}), ids=str)
+def test_nothing_to_do(triton, sizes):
+    tensors = inputs(**sizes)
+    out, *gradients = results(ops.modulated_cross_attention, tensors)
+    assert (out == 0).all()
+    for gradient, x in zip(gradients, tensors.values(), strict=True):
+        assert gradient.shape == x.shape
+        assert (gradient == 0).all()
