@@ -143,4 +143,58 @@ modulated_cross_attention_backward = _define(
     "float scale, float dropout_p, bool need_q_content, bool need_q_pos, bool need_k_content, bool need_k_pos, "
     "bool need_v, str backend) -> Tensor[]",
     _modulated_cross_attention_backward,
+
+
+def _refine_boxes(
+    hidden: Tensor,  # [..., D]
+    boxes: Tensor,  # [..., 2 or 4]
+    w1: Tensor,  # [D, D], or [L, D, D] where hidden is [L, ..., D]; the others likewise
+    b1: Tensor,  # [D]
+    w2: Tensor,  # [D, D]
+    b2: Tensor,  # [D]
+    w3: Tensor,  # [4, D]
+    b3: Tensor,  # [4]
+    eps: float,
+    keep: bool,
+    backend: str,
+) -> list[Tensor]:  # [..., 4] and, with `keep`, what the two relus give, [..., D] each, all in float32
+    shapes = [(*hidden.shape[:-1], 4)] + [hidden.shape] * (2 * keep)
+    return [hidden.new_empty(shape, dtype=torch.float32) for shape in shapes]
+
+
+refine_boxes = _define(
+    "refine_boxes(Tensor hidden, Tensor boxes, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor w3, Tensor b3, "
+    "float eps, bool keep, str backend) -> Tensor[]",
+    _refine_boxes,
+)
+
+
+def _refine_boxes_backward(
+    d_refined: Tensor,  # [..., 4]
+    refined: Tensor,  # [..., 4]
+    h1: Tensor,  # [..., D]
+    h2: Tensor,  # [..., D]
+    hidden: Tensor,  # [..., D]
+    boxes: Tensor,  # [..., 2 or 4]
+    w1: Tensor,  # [D, D] or [L, D, D]
+    w2: Tensor,  # [D, D] or [L, D, D]
+    w3: Tensor,  # [4, D] or [L, 4, D]
+    eps: float,
+    need_hidden: bool,
+    need_boxes: bool,
+    need_weights: bool,
+    backend: str,
+) -> list[Tensor]:  # those needed of d_hidden; d_boxes; d_w1, d_w2, [(L,) 6 * D + 4] of w3, b1, b2, b3 in float32
+    results = [x.new_empty(x.shape) for x, need in ((hidden, need_hidden), (boxes, need_boxes)) if need]
+    if need_weights:
+        results += [x.new_empty(x.shape) for x in (w1, w2)]
+        results.append(w1.new_empty((*w1.shape[:-2], 6 * hidden.shape[-1] + 4), dtype=torch.float32))
+    return results
+
+
+refine_boxes_backward = _define(
+    "refine_boxes_backward(Tensor d_refined, Tensor refined, Tensor h1, Tensor h2, Tensor hidden, Tensor boxes, "
+    "Tensor w1, Tensor w2, Tensor w3, float eps, bool need_hidden, bool need_boxes, bool need_weights, str backend) "
+    "-> Tensor[]",
+    _refine_boxes_backward,
 )

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from dab_fast import reference
+from dab_fast.ops import _backends, _library
 from dab_fast.ops._checks import check_tensor
 
 
 def refine_boxes(
     hidden: Tensor,  # [..., D]
     boxes: Tensor,  # [..., 2 or 4] in [0, 1]
-    w1: Tensor,  # [D, D]
+    w1: Tensor,  # [D, D]; or [L, D, D] where hidden is [L, ..., D], a box MLP per layer, and so for the others
     b1: Tensor,  # [D]
     w2: Tensor,  # [D, D]
     b2: Tensor,  # [D]
@@ -19,22 +25,133 @@ def refine_boxes(
     b3: Tensor,  # [4]
     *,
     eps: float,
+    recompute: bool = False,
 ) -> Tensor:  # [..., 4], at least float32
-    """sigmoid(W3 relu(W2 relu(W1 hidden + b1) + b2) + b3 + inverse_sigmoid(boxes)): the refined boxes."""
+    """sigmoid(W3 relu(W2 relu(W1 hidden + b1) + b2) + b3 + inverse_sigmoid(boxes)): the refined boxes.
+
+    Args:
+        hidden: Tensor[..., D], the layer's output.
+        boxes: Tensor[..., 2 or 4] in [0, 1], the layer's anchors: cx, cy(, w, h). With 2, only x and y are added to.
+        w1, b1, w2, b2, w3, b3: the three linear layers of the box MLP, shared or one of each per leading index.
+        eps: of the inverse sigmoid, in (0, 0.5).
+        recompute: run the box MLP again in the backward instead of keeping its 2 D activations per row.
+
+    Returns:
+        Tensor[..., 4] of refined boxes in (0, 1), float32 (float64 for float64 inputs) whatever the dtype of `hidden`.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is said here.
+        BackendUnavailable: the backend chosen by name cannot run this.
+    """
     check_tensor("hidden", hidden, (None,), leading=True)
     d = hidden.shape[-1]
     check_tensor("boxes", boxes, (*hidden.shape[:-1], None), like=hidden)
     if boxes.shape[-1] not in (2, 4):
         raise ValueError(f"boxes must have shape [..., 2] or [..., 4], got {list(boxes.shape)}")
-    for name, x, shape in (
-        ("w1", w1, (d, d)),
-        ("b1", b1, (d,)),
-        ("w2", w2, (d, d)),
-        ("b2", b2, (d,)),
-        ("w3", w3, (4, d)),
-        ("b3", b3, (4,)),
-    ):
-        check_tensor(name, x, shape, like=hidden)
+    layered = isinstance(w1, Tensor) and w1.dim() == 3
+    lead = hidden.shape[:1] if layered else ()
+    check_tensor("w1", w1, (*lead, d, d), like=hidden)
+    check_tensor("b1", b1, (*lead, d), like=hidden)
+    check_tensor("w2", w2, (*lead, d, d), like=hidden)
+    check_tensor("b2", b2, (*lead, d), like=hidden)
+    check_tensor("w3", w3, (*lead, 4, d), like=hidden)
+    check_tensor("b3", b3, (*lead, 4), like=hidden)
     if not 0.0 < eps < 0.5:
         raise ValueError(f"eps must be in (0, 0.5), got {eps}")
-    return reference.refine_boxes(hidden, boxes, w1, b1, w2, b2, w3, b3, eps=eps)
+    tensors = (hidden, boxes, w1, b1, w2, b2, w3, b3)
+    grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    backend = _backends.select("refine_boxes", hidden, _LIMITS, hidden)
+    if backend == "torch":
+        if recompute and grad:
+            refined = checkpoint(_composition, *tensors, eps, layered, use_reentrant=False, preserve_rng_state=False)
+            assert isinstance(refined, Tensor)
+            return refined
+        return _composition(*tensors, eps, layered)
+    if grad:
+        return _RefineBoxes.apply(*tensors, eps, recompute, backend)
+    return _library.refine_boxes(*tensors, eps, False, backend)[0]
+
+
+def _composition(
+    hidden: Tensor,
+    boxes: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    w3: Tensor,
+    b3: Tensor,
+    eps: float,
+    layered: bool,
+) -> Tensor:
+    tensors = (hidden, boxes, w1, b1, w2, b2, w3, b3)
+    if layered:
+        return torch.stack([reference.refine_boxes(*layer, eps=eps) for layer in zip(*tensors, strict=True)])
+    return reference.refine_boxes(*tensors, eps=eps)
+
+
+class _RefineBoxes(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # [..., D]
+        boxes: Tensor,  # [..., 2 or 4]
+        w1: Tensor,  # [(L,) D, D]
+        b1: Tensor,  # [(L,) D]
+        w2: Tensor,  # [(L,) D, D]
+        b2: Tensor,  # [(L,) D]
+        w3: Tensor,  # [(L,) 4, D]
+        b3: Tensor,  # [(L,) 4]
+        eps: float,
+        recompute: bool,
+        backend: str,
+    ) -> Tensor:
+        tensors = (hidden, boxes, w1, b1, w2, b2, w3, b3)
+        results = _library.refine_boxes(*tensors, eps, not recompute, backend)
+        ctx.save_for_backward(*tensors, *results)
+        ctx.eps, ctx.backend = eps, backend
+        return results[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_refined: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, refined = ctx.saved_tensors[:9]
+        h1, h2 = ctx.saved_tensors[9:] or _library.refine_boxes(*tensors, ctx.eps, True, ctx.backend)[1:]
+        hidden, boxes, w1, b1, w2, b2, w3, b3 = tensors
+        needs = ctx.needs_input_grad
+        found = _library.refine_boxes_backward(
+            d_refined,
+            refined,
+            h1,
+            h2,
+            hidden,
+            boxes,
+            w1,
+            w2,
+            w3,
+            ctx.eps,
+            needs[0],
+            needs[1],
+            any(needs[2:8]),
+            ctx.backend,
+        )
+        d_hidden = found.pop(0) if needs[0] else None
+        d_boxes = found.pop(0) if needs[1] else None
+        if not found:
+            return d_hidden, d_boxes, *(None,) * 9
+        d_w1, d_w2, sums = found
+        d = hidden.shape[-1]
+        d_w3, d_b1, d_b2, d_b3 = sums.split((4 * d, d, d, 4), -1)
+        d_weights = (d_w1, d_b1.to(b1.dtype), d_w2, d_b2.to(b2.dtype), d_w3.view(w3.shape).to(w3.dtype), d_b3.to(b3.dtype))
+        return d_hidden, d_boxes, *(x if need else None for x, need in zip(d_weights, needs[2:8])), *(None,) * 3
+
+
+def _limit(hidden: Tensor) -> str | None:
+    if hidden.dtype == torch.float64:
+        return "its kernels compute in float32, got float64"
+    if hidden.shape[-1] > 512:
+        return f"its kernels hold a row of hidden in registers, at most 512 wide, got {hidden.shape[-1]}"
+    return None
+
+
+_LIMITS = {"triton": _limit}
