@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dab_fast.kernels._common import INTERPRET
 from dab_fast.kernels._launch import on_device_of, rows_of
 from dab_fast.kernels._math import exp, sigmoid, sin_cos_turns
 
@@ -203,13 +204,17 @@ def _scale_kind(boxes: Tensor, scale: Tensor | None) -> str:
 
 
 def _options(rows: int, num_feats: int, temperature: float, order: str) -> dict[str, Any]:
-    """Few rows are spread over the chip; many rows share the frequencies, which cost as much as a row's sines."""
+    """Few rows are spread over the chip; many rows share the frequencies, which cost as much as a row's sines.
+
+    The interpreter takes its time per program, whatever its size.
+    """
     feats = triton.next_power_of_2(num_feats)
+    tile = 16384 if INTERPRET else 512 if rows <= 2048 else 2048
     return {
         "NUM_FEATS": num_feats,
         "DECAY": 2 * math.log(temperature) / num_feats,
         "SWAP": order == "yxwh",
-        "ROWS": max(1, (512 if rows <= 2048 else 2048) // feats),
+        "ROWS": max(1, tile // feats),
         "FEATS": feats,
     }
 

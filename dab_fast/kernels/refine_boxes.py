@@ -2,15 +2,16 @@
 
     h1 = relu(W1 x + b1),   h2 = relu(W2 h1 + b2),   refined = σ(W3 h2 + b3 + σ⁻¹(box)).
 
-A program owns BLOCK_M rows. It walks over h1 in slices of BLOCK_N columns: a slice is computed from x and W1, and at once
-multiplied by its columns of W2 and added to h2, which stays in registers; so h1 is never whole, and the weights stream
-through shared memory once per program. The backward is the mirror image: with δ = d_refined · refined (1 - refined),
+A program owns BLOCK_M rows. It walks over h1 in slices of BLOCK_N columns: a slice is computed from x and W1, and at
+once multiplied by its columns of W2 and added to h2, which stays in registers; so h1 is never whole, and the weights
+stream through shared memory once per program. The backward is the mirror image: with δ = d_refined · refined ·
+(1 - refined),
 
     dh2 = [h2 > 0] W3ᵀ δ,   dh1 = [h1 > 0] W2ᵀ dh2 (a slice at a time),   dx += W1ᵀ dh1,   dbox = δ dσ⁻¹.
 
-It writes dh1 and dh2, so that W1 and W2 get their gradients from one cuBLAS product over all rows each, which splits the
-rows better than a fixed tile could; the gradients of W3 and of the biases are summed per program, then over programs.
-All of it in fp32 (`tf32x3` on tensor cores) whatever the dtype of x and the weights.
+It writes dh1 and dh2, so that W1 and W2 get their gradients from one cuBLAS product over all rows each, which splits
+the rows better than a fixed tile could; the gradients of W3 and of the biases are summed per program, then over
+programs. All of it in fp32 (`tf32x3` on tensor cores) whatever the dtype of x and the weights.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dab_fast.kernels._common import INTERPRET
 from dab_fast.kernels._launch import on_device_of, rows_of
 from dab_fast.kernels._math import sigmoid
 from dab_fast.reference import autocast_off
@@ -167,7 +169,8 @@ def backward_kernel(
     m_m = o_m < rows
     layer = tl.program_id(1).to(tl.int64)
     o_row = layer * rows + o_m
-    p_sums += (layer * tl.num_programs(0) + tl.program_id(0)) * (6 * D + 4)
+    if NEED_WEIGHTS:
+        p_sums += (layer * tl.num_programs(0) + tl.program_id(0)) * (6 * D + 4)
     if LAYERED:
         p_w1 += layer * D * D
         p_w2 += layer * D * D
@@ -229,21 +232,27 @@ def backward_kernel(
 
 
 def _options(rows: int, d: int, coords: int, layered: bool, backward: bool) -> dict[str, Any]:
-    """Tiles that spill no register on sm_80 and newer; short ones while there are fewer tiles than multiprocessors."""
-    if d > 256:
-        m, k = 16, 32
+    """Tiles that spill no register on sm_80 and newer; short ones while there are fewer tiles than multiprocessors.
+
+    The interpreter takes its time per program and loop, whatever their size.
+    """
+    if INTERPRET:
+        m, n, k = 128, 64, 128
+    elif d > 256:
+        m, n, k = 16, 32, 32
     elif rows <= 2048:
-        m, k = 16, 64
+        m, n, k = 16, 32, 64
     else:
-        m, k = 32 if backward else 64, 32
+        m, n, k = 32 if backward else 64, 32, 32
+    width = max(16, triton.next_power_of_2(d))
     return {
         "D": d,
         "COORDS": coords,
         "LAYERED": layered,
         "BLOCK_M": m,
-        "BLOCK_N": min(32, max(16, triton.next_power_of_2(d))),
-        "BLOCK_K": min(k, max(16, triton.next_power_of_2(d))),
-        "BLOCK_D": max(16, triton.next_power_of_2(d)),
+        "BLOCK_N": min(n, width),
+        "BLOCK_K": min(k, width),
+        "BLOCK_D": width,
         "num_warps": 8,
         "num_stages": 2,
     }

@@ -143,6 +143,7 @@ modulated_cross_attention_backward = _define(
     "float scale, float dropout_p, bool need_q_content, bool need_q_pos, bool need_k_content, bool need_k_pos, "
     "bool need_v, str backend) -> Tensor[]",
     _modulated_cross_attention_backward,
+)
 
 
 def _refine_boxes(

@@ -115,35 +115,31 @@ class _RefineBoxes(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_refined: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, refined = ctx.saved_tensors[:9]
-        h1, h2 = ctx.saved_tensors[9:] or _library.refine_boxes(*tensors, ctx.eps, True, ctx.backend)[1:]
+        saved = ctx.saved_tensors
+        tensors, refined = saved[:8], saved[8]
+        h1, h2 = saved[9:] or _library.refine_boxes(*tensors, ctx.eps, True, ctx.backend)[1:]
         hidden, boxes, w1, b1, w2, b2, w3, b3 = tensors
         needs = ctx.needs_input_grad
-        found = _library.refine_boxes_backward(
-            d_refined,
-            refined,
-            h1,
-            h2,
-            hidden,
-            boxes,
-            w1,
-            w2,
-            w3,
-            ctx.eps,
-            needs[0],
-            needs[1],
-            any(needs[2:8]),
-            ctx.backend,
-        )
-        d_hidden = found.pop(0) if needs[0] else None
-        d_boxes = found.pop(0) if needs[1] else None
-        if not found:
+        need_weights = any(needs[2:8])
+        options = ctx.eps, needs[0], needs[1], need_weights, ctx.backend
+        found = iter(_library.refine_boxes_backward(d_refined, refined, h1, h2, hidden, boxes, w1, w2, w3, *options))
+        d_hidden = next(found) if needs[0] else None
+        d_boxes = next(found) if needs[1] else None
+        if not need_weights:
             return d_hidden, d_boxes, *(None,) * 9
         d_w1, d_w2, sums = found
         d = hidden.shape[-1]
         d_w3, d_b1, d_b2, d_b3 = sums.split((4 * d, d, d, 4), -1)
-        d_weights = (d_w1, d_b1.to(b1.dtype), d_w2, d_b2.to(b2.dtype), d_w3.view(w3.shape).to(w3.dtype), d_b3.to(b3.dtype))
-        return d_hidden, d_boxes, *(x if need else None for x, need in zip(d_weights, needs[2:8])), *(None,) * 3
+        gradients = (
+            d_w1,
+            d_b1.to(b1.dtype),
+            d_w2,
+            d_b2.to(b2.dtype),
+            d_w3.view(w3.shape).to(w3.dtype),
+            d_b3.to(b3.dtype),
+        )
+        wanted = (x if need else None for x, need in zip(gradients, needs[2:8], strict=True))
+        return d_hidden, d_boxes, *wanted, *(None,) * 3
 
 
 def _limit(hidden: Tensor) -> str | None:
