@@ -1,0 +1,234 @@
+"""The command line: what it prints where, its exit codes, and that its checks can fail."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from dab_fast import cli, demo, selftest
+from tests.models import huggingface_model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint")
+    torch.manual_seed(0)
+    huggingface_model().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory):
+    path = tmp_path_factory.mktemp("photo") / "stripes.png"
+    Image.linear_gradient("L").resize((90, 60)).convert("RGB").save(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def small_photos(monkeypatch):
+    monkeypatch.setattr(demo, "SHORTER", 160)
+
+
+def invoke(*args):
+    return CliRunner().invoke(cli.app, [str(arg) for arg in args], catch_exceptions=False)
+
+
+def test_demo_table_and_picture(checkpoint, photo, tmp_path):
+    picture = tmp_path / "out.png"
+    result = invoke("demo", photo, "--checkpoint", checkpoint, "--output", picture)
+    assert result.exit_code == 0, result.output
+    assert "PASS" in result.stdout and "largest box difference" in result.stdout and "ATen calls" in result.stdout
+    with Image.open(picture) as image:
+        assert image.width > 1000 and len(image.convert("RGB").getcolors(1 << 24)) > 100
+
+
+def test_demo_json_is_one_object_on_stdout(checkpoint, photo, tmp_path):
+    result = invoke("demo", photo, "--checkpoint", checkpoint, "--json", "--output", tmp_path / "out.png")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert 0 <= found["max_box_difference_px"] <= demo.ALLOWED_PX
+    assert found["passed"] and found["failures"] == [] and found["stepped_aside"] == {}
+    assert found["size"] == [240, 160] and found["tokens"] == 5 * 8
+    assert found["aten_calls"]["accelerated"] < found["aten_calls"]["original"]
+    assert found["median_box_move_px"] > demo.LEAST_MOVE_PX
+    assert all(found[key][which] > 0 for key in ("decoder_ms", "model_ms") for which in ("original", "accelerated"))
+    assert result.stderr
+
+
+def test_a_wrecked_decoder_fails(checkpoint, photo, tmp_path):
+    result = invoke("demo", photo, "--checkpoint", checkpoint, "--wreck", "--output", tmp_path / "out.png")
+    assert result.exit_code == 1
+    assert "FAIL" in result.stdout and "boxes differ" in result.stdout
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_demo_in_half_precision(checkpoint, photo, tmp_path, dtype):
+    result = invoke(
+        "demo", photo, "--checkpoint", checkpoint, "--json", "--dtype", dtype, "--output", tmp_path / "out.png"
+    )
+    found = json.loads(result.stdout)
+    assert result.exit_code == 0, found["failures"]
+    assert found["dtype"] == dtype and "autocast" in found["compared"]
+    assert found["allowed_box_difference_px"] > demo.ALLOWED_PX
+
+
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        (["missing.png"], "IMAGE cannot be read"),
+        (["{text}"], "IMAGE must be a picture"),
+        (["--device", "tpu9"], "--device must be"),
+        (["--device", "cuda:77"], "--device cuda:77 is not here"),
+        (["--dtype", "int8"], "--dtype must be float32, bfloat16, float16"),
+        (["--checkpoint", "nowhere"], "--checkpoint must be a directory"),
+        (["--checkpoint", "{other}"], "must hold a dab-detr model, got resnet"),
+        (["--checkpoint", "{empty}"], "cannot be read"),
+        (["--output", "out.exe"], "--output must end with"),
+        (["--output", "nowhere/out.png"], "--output must lie in"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(args, says, tmp_path):
+    text, other, empty = tmp_path / "text.png", tmp_path / "other", tmp_path / "empty"
+    text.write_text("no picture")
+    for folder, kind in ((other, "resnet"), (empty, "dab-detr")):
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+    result = invoke("demo", *(arg.format(text=text, other=other, empty=empty) for arg in args))
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    errors = [line for line in result.stderr.splitlines() if "…" not in line]
+    assert len(errors) == 1 and errors[0].startswith("dab-fast demo: ") and says in errors[0]
+
+
+def test_a_checkpoint_that_lacks_parameters(checkpoint, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(checkpoint / "model.safetensors")
+    dropped = "model.decoder.layernorm.weight"
+    state.pop(dropped)
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text((checkpoint / "config.json").read_text())
+    with pytest.raises(demo.InputError, match=f"lacks 1 parameters, the first is {dropped}"):
+        demo.load_checkpoint(tmp_path)
+
+
+def test_default_photo_needs_no_download():
+    image = demo.read_image(demo.default_image())
+    assert min(image.size) == demo.SHORTER and max(image.size) <= demo.LONGER
+
+
+@pytest.mark.parametrize("size, resized", [((300, 200), (240, 160)), ((100, 2000), (67, 1333)), ((1, 9999), (1, 1333))])
+def test_resize(size, resized, tmp_path):
+    Image.new("RGB", size).save(tmp_path / "image.png")
+    assert demo.read_image(tmp_path / "image.png").size == resized
+
+
+def test_random_model_has_every_parameter_drawn():
+    """No zero and no one is left of the initialisation, queries differ, and boxes follow the photo."""
+    tiny = huggingface_model().config
+    generator = torch.Generator().manual_seed(2)
+    pixels = torch.randn(1, 3, 96, 128, generator=generator)
+    model = demo.random_model(tiny, pixels)
+    for name, parameter in model.named_parameters():
+        assert parameter.unique().numel() > 0.99 * parameter.numel(), name
+        assert not ((parameter == 0) | (parameter == 1)).any(), name
+    with torch.no_grad():
+        boxes = model(pixels).pred_boxes
+        mirrored = model(pixels.flip(-1)).pred_boxes
+    assert boxes.std(1).min() > 0.02
+    assert (boxes - mirrored).abs().max() > 1e-3
+    again = demo.random_model(tiny, pixels)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+@pytest.fixture(scope="module")
+def comparison(checkpoint):
+    model = demo.load_checkpoint(checkpoint)
+    image = Image.linear_gradient("L").resize((128, 96)).convert("RGB")
+    result, _, _ = demo.run(image, "x", model, "y", device=torch.device("cpu"), dtype=torch.float32)
+    assert not result.failures
+    return result
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"max_box_difference_px": 0.051}, "boxes differ by 0.051 px, allowed are 0.05"),
+        ({"max_box_difference_px": float("nan")}, "boxes differ by nan"),
+        ({"max_logit_difference": 0.1}, "logits differ by 0.1"),
+        ({"median_box_move_px": 0.5}, "moves boxes by 0.5 px only"),
+        ({"stepped_aside": {"model.decoder": {"a hook": 3}}}, "model.decoder took its original forward: a hook"),
+    ],
+)
+def test_every_failure_is_seen(comparison, change, says):
+    (failure,) = dataclasses.replace(comparison, **change).failures
+    assert says in failure
+
+
+def test_a_model_that_steps_aside_fails(checkpoint, photo, tmp_path, monkeypatch):
+    """Or the demo would compare the original with itself."""
+    load = demo.load_checkpoint
+
+    def hooked(path):
+        model = load(path)
+        model.model.decoder.layers[0].mlp.fc1.register_forward_hook(lambda module, args, output: None)
+        return model
+
+    monkeypatch.setattr(demo, "load_checkpoint", hooked)
+    result = invoke("demo", photo, "--checkpoint", checkpoint, "--output", tmp_path / "out.png")
+    assert result.exit_code == 1 and "took its original forward" in result.stdout
+
+
+def test_selftest_passes():
+    result = invoke("selftest", "--device", "cpu")
+    assert result.exit_code == 0, result.stdout
+    for op in ("box_position_embed", "modulated_cross_attention", "refine_boxes"):
+        for dtype in ("float32", "float16", "bfloat16"):
+            assert any(
+                line.startswith("ok") and op in line and dtype in line and " torch " in line
+                for line in result.stdout.splitlines()
+            )
+    assert "FAIL" not in result.stdout
+
+
+@pytest.mark.parametrize("op", ["box_position_embed", "modulated_cross_attention", "refine_boxes"])
+@pytest.mark.parametrize("wrong", ["output", "gradient", "nan"])
+def test_selftest_can_fail(monkeypatch, op, wrong):
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * (1 + 1e-4 * (wrong == "output")) + float("nan") * (wrong == "nan")
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * (1 + 1e-4 * (wrong == "gradient"))
+
+    case = next(case for case in selftest.cases() if case.op == op)
+
+    def broken(**inputs):
+        result = case.call(**inputs)
+        return Wrong.apply(result) if isinstance(result, torch.Tensor) else (Wrong.apply(result[0]), *result[1:])
+
+    monkeypatch.setattr(selftest, "cases", lambda: [dataclasses.replace(case, call=broken)])
+    result = invoke("selftest", "--device", "cpu")
+    assert result.exit_code == 1 and "FAIL" in result.stdout
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("wreck, code", [(False, 0), (True, 1)])
+def test_full_size(wreck, code, tmp_path):
+    """What `make demo` runs: DAB-DETR-R50 at 800 pixels."""
+    command = [sys.executable, "-c", "from dab_fast.cli import main; main()", "demo", "--json"]
+    command += ["--device", "cpu", "--output", str(tmp_path / "out.png"), *["--wreck"] * wreck]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == code, result.stderr
+    found = json.loads(result.stdout)
+    assert found["passed"] == (code == 0) and found["size"] == [1200, 800] and found["tokens"] == 950
+    assert (found["max_box_difference_px"] <= demo.ALLOWED_PX) == (code == 0)
