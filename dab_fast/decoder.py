@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dab_fast import ops, reference
 from dab_fast.config import DecoderConfig
+from dab_fast.linear import ffn, joint_linear, self_attention_projection
 from dab_fast.ops._checks import check_tensor
 from dab_fast.parameters import StepAside, gather
 from dab_fast.reference import DecoderOutput, Parameters, box_mlp, layer_norm, linear
@@ -42,10 +43,11 @@ def decode(
     b, q, d = content.shape
     dropout_p = config.dropout if training else 0.0
     attention_dropout_p = config.attention_dropout if training else 0.0
+    activation = F.prelu if config.activation == "prelu" else reference.ACTIVATIONS[config.activation]
     joint = _joint_weights(params, config)
     by_head = (config.nhead, d // config.nhead)
     # unbind and split, not indexing: their backward is one concatenation instead of a zero-filled whole per slice.
-    keys_values = F.linear(memory, *joint.memory).unflatten(-1, (2 * config.num_layers, *by_head)).unbind(-3)
+    keys_values = joint_linear(memory, *joint.memory).unflatten(-1, (2 * config.num_layers, *by_head)).unbind(-3)
     keys_pos = _project_pos(pos, *joint.pos, spatial_shape)
     keys_pos = keys_pos.unflatten(-1, (config.num_layers, *by_head)).unbind(-3)
 
@@ -72,15 +74,14 @@ def decode(
         )
         query_pos = reference.mlp(params, "ref_point_head", sine)
 
-        qkv = F.linear(x, joint.self_content[layer], joint.self_bias[layer])
-        qk, v = qkv.split((2 * d, d), -1)
-        self_q, self_k = torch.addmm(qk, query_pos, joint.self_pos[layer].mT).chunk(2, -1)
+        weights = _layer_weights(params, layer, *_SELF_CONTENT, *_SELF_POS)
+        self_q, self_k, self_v = self_attention_projection(x, query_pos, weights, joint.self_bias[layer]).chunk(3, -1)
         attended = ops.modulated_cross_attention(
             heads(self_q),
             None,
             heads(self_k),
             None,
-            heads(v),
+            heads(self_v),
             key_padding_mask=tgt_key_padding_mask,
             attn_mask=tgt_mask,
             dropout_p=attention_dropout_p,
@@ -106,9 +107,17 @@ def decode(
         update = linear(params, f"{name}.cross_attn.out_proj", attended.reshape(b * q, d))
         x = add_and_norm(x, update, f"{name}.norm2")
 
-        inner = _activate(params, config, f"{name}.activation.weight", linear(params, f"{name}.linear1", x))
-        inner = F.dropout(inner, config.activation_dropout, training)
-        x = add_and_norm(x, linear(params, f"{name}.linear2", inner), f"{name}.norm3")
+        update = ffn(
+            x,
+            params[f"{name}.linear1.weight"],
+            params[f"{name}.linear1.bias"],
+            params[f"{name}.linear2.weight"],
+            params[f"{name}.linear2.bias"],
+            activation,
+            params.get(f"{name}.activation.weight"),
+            config.activation_dropout if training else 0.0,
+        )
+        x = add_and_norm(x, update, f"{name}.norm3")
         outputs.append(x)
 
         if config.bbox_embed is not None and layer < config.num_layers - 1:
@@ -289,35 +298,38 @@ class OutProj(nn.Module):
 _CONTAINERS = {DabDecoderLayer, MLP, OutProj}
 
 
+_SELF_CONTENT = ("sa_qcontent", "sa_kcontent", "sa_v")
+_SELF_POS = ("sa_qpos", "sa_kpos")
+
+_Weights = tuple[list[Tensor], list[Tensor]]  # weights and biases to be joined
+
+
 class _JointWeights(NamedTuple):
-    memory: tuple[Tensor, Tensor]  # [L * 2 * D, D], [L * 2 * D]: per layer k_content, v
-    pos: tuple[Tensor, Tensor]  # [L * D, D], [L * D]: per layer k_pos
-    self_content: tuple[Tensor, ...]  # L times [3 * D, D]: q, k, v of the content
-    self_pos: tuple[Tensor, ...]  # L times [2 * D, D]: q, k of the query position
+    memory: _Weights  # per layer k_content, v
+    pos: _Weights  # per layer k_pos
     self_bias: tuple[Tensor, ...]  # L times [3 * D]: of q, k (content and position added) and v
-    content_heads: tuple[Tensor, Tensor] | None  # first layers of query_scale and ref_anchor_head, if both exist
+    content_heads: _Weights | None  # first layers of query_scale and ref_anchor_head, if both exist
+
+
+def _layer_weights(params: Parameters, layer: int, *projections: str, kind: str = "weight") -> list[Tensor]:
+    return [params[f"layers.{layer}.{p}_proj.{kind}"] for p in projections]
 
 
 def _joint_weights(params: Parameters, config: DecoderConfig) -> _JointWeights:
-    def join(kind: str, *projections: str) -> Tensor:
-        layers = range(config.num_layers)
-        return torch.cat([params[f"layers.{layer}.{p}_proj.{kind}"] for layer in layers for p in projections])
+    def every_layer(kind: str, *projections: str) -> list[Tensor]:
+        return [w for layer in range(config.num_layers) for w in _layer_weights(params, layer, *projections, kind=kind)]
 
-    def stack(kind: str, *projections: str) -> Tensor:
-        return join(kind, *projections).unflatten(0, (config.num_layers, -1))
+    def bias(*projections: str) -> Tensor:  # [L, number of projections * D]
+        return torch.cat(every_layer("bias", *projections)).unflatten(0, (config.num_layers, -1))
 
-    content = ("sa_qcontent", "sa_kcontent", "sa_v")
-    bias, pos_bias = stack("bias", *content), stack("bias", "sa_qpos", "sa_kpos")
     heads = [head for head in ("query_scale", "ref_anchor_head") if f"{head}.layers.0.weight" in params]
     return _JointWeights(
-        memory=(join("weight", "ca_kcontent", "ca_v"), join("bias", "ca_kcontent", "ca_v")),
-        pos=(join("weight", "ca_kpos"), join("bias", "ca_kpos")),
-        self_content=stack("weight", *content).unbind(),
-        self_pos=stack("weight", "sa_qpos", "sa_kpos").unbind(),
-        self_bias=(bias + F.pad(pos_bias, (0, config.d_model))).unbind(),
+        memory=(every_layer("weight", "ca_kcontent", "ca_v"), every_layer("bias", "ca_kcontent", "ca_v")),
+        pos=(every_layer("weight", "ca_kpos"), every_layer("bias", "ca_kpos")),
+        self_bias=(bias(*_SELF_CONTENT) + F.pad(bias(*_SELF_POS), (0, config.d_model))).unbind(),
         content_heads=(
-            torch.cat([params[f"{head}.layers.0.weight"] for head in heads]),
-            torch.cat([params[f"{head}.layers.0.bias"] for head in heads]),
+            [params[f"{head}.layers.0.weight"] for head in heads],
+            [params[f"{head}.layers.0.bias"] for head in heads],
         )
         if len(heads) == 2
         else None,
@@ -326,13 +338,14 @@ def _joint_weights(params: Parameters, config: DecoderConfig) -> _JointWeights:
 
 def _project_pos(
     pos: Tensor,  # [B or 1, S, D]
-    weight: Tensor,  # [N, D]
-    bias: Tensor,  # [N]
+    weights: list[Tensor],  # each [n_i, D]
+    biases: list[Tensor],  # each [n_i]
     spatial_shape: tuple[int, int] | None,
-) -> Tensor:  # [B or 1, S, N]
-    """pos @ weight^T + bias; from h + w rows where pos is a sum of a function of y and one of x."""
+) -> Tensor:  # [B or 1, S, sum of n_i]
+    """pos cat(weights)^T + cat(biases); from h + w rows where pos is a function of y joined to one of x."""
     if spatial_shape is None:
-        return F.linear(pos, weight, bias)
+        return joint_linear(pos, weights, biases)
+    weight, bias = torch.cat(weights), torch.cat(biases)
     h, w = spatial_shape
     half = pos.shape[-1] // 2
     grid = pos[:1].unflatten(1, (h, w))
@@ -346,15 +359,9 @@ def _content_heads(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The scale of the query's sine embedding and the logits of its reference size, both read from the content."""
     if joint.content_heads is not None and layer > 0:
-        scale, size = F.relu(F.linear(x, *joint.content_heads)).chunk(2, -1)
+        scale, size = F.relu(joint_linear(x, *joint.content_heads)).chunk(2, -1)
         return linear(params, "query_scale.layers.1", scale), linear(params, "ref_anchor_head.layers.1", size)
     return (
         reference.content_scale(params, config, layer, x),
         reference.mlp(params, "ref_anchor_head", x) if config.modulate_hw_attn else None,
     )
-
-
-def _activate(params: Parameters, config: DecoderConfig, weight: str, x: Tensor) -> Tensor:
-    if config.activation == "prelu":
-        return F.prelu(x, params[weight])
-    return reference.ACTIVATIONS[config.activation](x)

@@ -152,7 +152,8 @@ def modulated_cross_attention(
     probabilities = logits.softmax(-1)
     if hidden is not None:
         probabilities = probabilities.masked_fill(hidden, 0)
-    probabilities = F.dropout(probabilities, dropout_p, training=dropout_p > 0)
+    if dropout_p > 0:
+        probabilities = F.dropout(probabilities, dropout_p)
     return torch.einsum("bhqs,bshd->bqhd", probabilities.to(v.dtype), v)
 
 
