@@ -67,6 +67,25 @@ def accelerated_copy(model: nn.Module) -> nn.Module:
     return fast
 
 
+def replicate(module: nn.Module) -> nn.Module:
+    """One CPU replica, made as torch.nn.parallel.replicate makes it (which itself wants a GPU)."""
+    modules = list(module.modules())
+    replicas = {m: m._replicate_for_data_parallel() for m in modules}
+    for m, replica in replicas.items():
+        for key, child in m._modules.items():
+            if child is not None:
+                setattr(replica, key, replicas[child])
+        for key, parameter in m._parameters.items():
+            if parameter is None:
+                replica._parameters[key] = None
+            else:
+                setattr(replica, key, parameter.detach().clone())
+        for key, buffer in m._buffers.items():
+            if buffer is not None:
+                setattr(replica, key, buffer)
+    return replicas[module]
+
+
 def assert_same_gradients(ours: dict[str, Tensor | None], theirs: dict[str, Tensor | None]) -> None:
     """Per parameter |difference| <= 1e-4 * max(|g|, 1e-3 * the largest gradient norm).
 

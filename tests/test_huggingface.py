@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DabDetrForObjectDetection
 
 import dab_fast
-from tests.models import accelerated_copy, assert_same_gradients, huggingface_model, images, labels, perturb_
+from tests.models import accelerated_copy, assert_same_gradients, huggingface_model, images, labels, perturb_, replicate
 
 # The largest differences of float32 sums in another order, on perturbed weights (design: 2e-5 and 5e-6).
 HIDDEN_TOLERANCE = 2e-5
@@ -179,30 +179,11 @@ def test_data_parallel_replicas():
     """What `DataParallel` runs: replicas whose parameters are plain tensor attributes."""
     model = huggingface_model()
     fast = accelerated_copy(model)
-    replica = _replicate(fast)
+    replica = replicate(fast)
     assert not list(replica.parameters())
     with torch.no_grad():
         assert_same_outputs(replica(**images()), model(**images()))
     assert not replica.model.decoder.dab_fast_reasons
-
-
-def _replicate(module: nn.Module) -> nn.Module:
-    """One CPU replica, made as torch.nn.parallel.replicate makes it (which itself wants a GPU)."""
-    modules = list(module.modules())
-    replicas = {m: m._replicate_for_data_parallel() for m in modules}
-    for m, replica in replicas.items():
-        for key, child in m._modules.items():
-            if child is not None:
-                setattr(replica, key, replicas[child])
-        for key, parameter in m._parameters.items():
-            if parameter is None:
-                replica._parameters[key] = None
-            else:
-                setattr(replica, key, parameter.detach().clone())
-        for key, buffer in m._buffers.items():
-            if buffer is not None:
-                setattr(replica, key, buffer)
-    return replicas[module]
 
 
 def _lora(decoder):

@@ -26,6 +26,7 @@ from tests.idea_models import (
     inputs,
     oracle,
 )
+from tests.models import replicate
 
 
 class Model(nn.Module):
@@ -169,6 +170,7 @@ def edited(edit):
         (lambda: edited(lambda d: setattr(d.layers[1], "activation", nn.Tanh())), "activation is a .*Tanh"),
         (lambda: edited(lambda d: setattr(d.layers[1], "linear2", nn.Linear(48, D + 4))), "linear2.weight must have"),
         (lambda: edited(lambda d: d.to("meta")), "on the meta device"),
+        (lambda: edited(lambda d: setattr(d, "forward", d.forward)), "its forward is patched"),
         (lambda: drop_in(), "fast already"),
     ],
 )
@@ -180,6 +182,19 @@ def test_what_accelerate_leaves_alone(decoder, reason):
     with pytest.raises(AssertionError, match=reason):
         raise AssertionError(report.not_replaced["decoder"])
     assert (type(model["decoder"]), model["decoder"].__dict__) == before
+
+
+def test_accelerate_calls_no_hook():
+    decoder, calls = oracle(), []
+    decoder.register_forward_hook(lambda module, args, output: calls.append(output))
+    decoder.bbox_embed.register_forward_pre_hook(lambda module, args: calls.append(args))
+    with pytest.raises(ValueError, match="bbox_embed has a hook"):
+        dab_fast.accelerate(decoder)
+    decoder.bbox_embed._forward_pre_hooks.clear()
+    dab_fast.accelerate(decoder)
+    assert not calls
+    decoder(**inputs())
+    assert len(calls) == 1, "a hook on the decoder itself stays"
 
 
 def test_accelerate_draws_no_random_numbers():
@@ -209,3 +224,41 @@ def test_box_mlp_assigned_after_accelerate():
     ours.bbox_embed = copy.deepcopy(theirs.bbox_embed)
     with torch.no_grad():
         assert_same_outputs(ours(**inputs()), theirs(**inputs()))
+
+
+def test_data_parallel_replicas_and_compile():
+    theirs = oracle()
+    ours = accelerated(theirs)
+    replica = replicate(ours)
+    assert not list(replica.parameters())
+    with torch.no_grad():
+        expected = theirs(**inputs())
+        assert_same_outputs(replica(**inputs()), expected)
+        assert_same_outputs(torch.compile(ours, fullgraph=True, backend="eager")(**inputs()), expected)
+    assert not replica.dab_fast_reasons and not ours.dab_fast_reasons
+
+
+class Switched(second.ReluMLP):
+    """The same class with and without relus."""
+
+    linear = False
+
+    def forward(self, x):
+        if not self.linear:
+            return super().forward(x)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_one_class_with_two_behaviours():
+    theirs = oracle()
+    theirs.bbox_embed = Switched(D, D, D, 4)
+    ours = accelerated(theirs)
+    with torch.no_grad():
+        ours(**inputs())
+        assert not ours.dab_fast_reasons
+        ours.bbox_embed.linear = theirs.bbox_embed.linear = True
+        torch.testing.assert_close(ours(**inputs()), theirs(**inputs()), rtol=0, atol=0)
+    (reason,) = ours.dab_fast_reasons
+    assert reason == "bbox_embed is a tests.test_idea_accelerate.Switched"

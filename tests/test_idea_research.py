@@ -25,6 +25,7 @@ from tests.idea_models import (
     accelerated,
     assert_same_outputs,
     box_mlps,
+    denoising_mask,
     drop_in,
     gradients,
     inputs,
@@ -83,6 +84,24 @@ def test_all_keys_masked_gives_zeros_not_nan():
     assert hidden_states.isfinite().all() and references.isfinite().all()
     assert expected[0][:, 1].isnan().all()
     torch.testing.assert_close(hidden_states[:, 0], expected[0][:, 0], rtol=0, atol=HIDDEN_TOLERANCE)
+
+    given = inputs(requires_grad=True)
+    ours(**given, memory_key_padding_mask=mask)[0].sum().backward()
+    assert all(x.grad.isfinite().all() for x in given.values())
+    assert all(p.grad is None or p.grad.isfinite().all() for p in ours.parameters())
+
+
+def test_matching_queries_do_not_see_the_denoising_ones():
+    ours = loaded_drop_in(oracle())
+    given, other = inputs(), inputs()
+    other["tgt"][:4] += 1
+    other["refpoints_unsigmoid"][:2] -= 1
+    with torch.no_grad():
+        one, two = (ours(**x, tgt_mask=denoising_mask()) for x in (given, other))
+        for a, b in zip(one, two, strict=True):
+            torch.testing.assert_close(a[:, :, 4:], b[:, :, 4:], rtol=0, atol=1e-6)  # float32 sums in another order
+            assert (a[:, :, :4] - b[:, :, :4]).abs().max() > 0.01
+        assert (ours(**other)[0] - ours(**given)[0])[:, :, 4:].abs().max() > 0.01, "the mask must matter"
 
 
 def test_parameters_come_in_the_originals_order():

@@ -9,8 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
-import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -44,6 +43,8 @@ def why_not(module: nn.Module) -> str | None:
     if isinstance(module, (DabDecoder, TransformerDecoder)):
         return f"{type(module).__qualname__} is fast already"
     try:
+        if "forward" in vars(module):
+            raise StepAside("its forward is patched")
         params, config = read(module)
         unknown = set(params) - set(parameter_shapes(config)) - _unused(params, config)
         if unknown:
@@ -193,27 +194,41 @@ def is_relu_mlp(module: nn.Module) -> bool:
         return False
     if not all(type(layer) is nn.Linear for layer in layers):
         return False
-    if torch.compiler.is_compiling() or any(parameter.is_meta for parameter in module.parameters()):
+    if torch.compiler.is_compiling():
         return True
-    if module not in _IS_RELU_MLP:
-        _IS_RELU_MLP[module] = _computes_relu_mlp(module)
-    return _IS_RELU_MLP[module]
+    settings = frozenset((name, _hashable(x)) for name, x in vars(module).items() if not name.startswith("_"))
+    key = (type(module), settings - {("training", module.training)}, len(layers))
+    if key not in _IS_RELU_MLP:
+        _IS_RELU_MLP[key] = _computes_relu_mlp(module)
+    return _IS_RELU_MLP[key]
 
 
-_IS_RELU_MLP: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+# By class and settings, not by instance: DataParallel makes new instances for every call.
+_IS_RELU_MLP: dict[Any, bool] = {}
+
+
+def _hashable(x: Any) -> Any:
+    return x if isinstance(x, Hashable) else id(x)
 
 
 @torch.no_grad()
 def _computes_relu_mlp(module: nn.Module) -> bool:
+    """Ask a twin with layers of its own, since the weights may be anywhere, or zero."""
+    twin = copy.copy(module)
+    twin.__dict__ = vars(module) | {"_modules": {}}
+    with torch.device("meta"):
+        twin.layers = nn.ModuleList(nn.Linear(x.in_features, x.out_features) for x in module.layers)  # type: ignore[union-attr, arg-type]
+    twin.to_empty(device="cpu")
+    randn = _randn()
+    for parameter in twin.parameters():
+        parameter.copy_(randn(parameter.shape))
+    given = randn(16, twin.layers[0].in_features)
+    expected = given
+    for i, layer in enumerate(twin.layers):
+        expected = layer(expected.relu() if i else expected)
     try:
-        module, randn = _randomized_copy(module)
-        first, *rest = module.layers  # type: ignore[misc, union-attr]
-        given = randn(16, first.in_features)
-        expected = first(given)
-        for layer in rest:
-            expected = layer(expected.relu())
-        return torch.allclose(module(given), expected, rtol=0, atol=_PROBE_TOLERANCE)
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError):
+        return torch.allclose(type(module).forward(twin, given), expected)  # hooks are not called
+    except Exception:
         return False
 
 
@@ -241,7 +256,7 @@ def _probe(decoder: nn.Module) -> None:
         "refpoints_unsigmoid": anchors,
     }
     try:
-        hidden_states, references = decoder(**given)
+        hidden_states, references = type(decoder).forward(decoder, **given)  # hooks are not called
     except Exception as error:
         raise StepAside(f"its forward raises {type(error).__name__} on a copy: {error}") from error
     expected_states, expected_references = run(decoder, **given)
@@ -258,7 +273,7 @@ def _probe(decoder: nn.Module) -> None:
 
 def _randomized_copy(module: nn.Module) -> tuple[nn.Module, Callable[..., Tensor]]:
     """A float32 copy on the CPU whose parameters hide nothing, and its source of random numbers."""
-    randn = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    randn = _randn()
     module = copy.deepcopy(module).to(device="cpu", dtype=torch.float32)
     for parameter in module.parameters():
         noise = randn(parameter.shape)
@@ -267,6 +282,11 @@ def _randomized_copy(module: nn.Module) -> tuple[nn.Module, Callable[..., Tensor
         else:
             parameter.add_(0.1 * noise)
     return module, randn
+
+
+def _randn() -> Callable[..., Tensor]:
+    """Random numbers that leave the user's generator where it is."""
+    return functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
 
 
 def _config(rates: tuple[float, float, float], **fields: Any) -> DecoderConfig:
