@@ -21,11 +21,11 @@ as long; the buffer costs 34 MB at B = 32, S = 1050, which is some 20 µs of an 
 import triton
 import triton.language as tl
 
-from dab_fast.kernels._attention_forward import LOG2E, hide, kept, visible_range
+from dab_fast.kernels._attention_forward import LOG2E, UNALIGNED, hide, kept, visible_range
 from dab_fast.kernels._common import load_rows, store_rows, tile_width
 
 
-@triton.jit(do_not_specialize=["Q", "S", "stride_padding_b", "stride_hidden_bh", "stride_hidden_q"])
+@triton.jit(do_not_specialize=UNALIGNED)
 def backward_query_kernel(
     p_q_content,  # [B, Q, H, D]
     p_q_pos,  # [B, Q, H, DP] or None
@@ -155,7 +155,7 @@ def backward_query_kernel(
             store_rows(p_dq_pos + o_head * DP, q_start, Q, H * DP, b_dq_pos * b_scale, BLOCK_Q, DP)
 
 
-@triton.jit(do_not_specialize=["Q", "S", "stride_padding_b", "stride_hidden_bh", "stride_hidden_q"])
+@triton.jit(do_not_specialize=UNALIGNED)
 def backward_key_kernel(
     p_q_content,  # [B, Q, H, D]
     p_q_pos,  # [B, Q, H, DP] or None

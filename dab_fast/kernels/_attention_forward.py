@@ -22,6 +22,9 @@ LN2 = tl.constexpr(0.6931471805599453)
 FLOOR = tl.constexpr(-1.0e38)
 SCAN = tl.constexpr(2048)
 
+# Sizes that vary from call to call, or are no multiples of 16 anyway: not to be compiled for anew.
+UNALIGNED = ["BH", "H", "Q", "S", "split_size", "stride_padding_b", "stride_hidden_bh", "stride_hidden_q"]
+
 
 @triton.jit
 def visible_range(p_padding, begin, end):
@@ -60,7 +63,7 @@ def hide(b_z, p_padding, p_hidden, stride_hidden_q, o_row, rows, o_s, end, TAIL:
     return b_z
 
 
-@triton.jit(do_not_specialize=["Q", "S", "split_size", "stride_padding_b", "stride_hidden_bh", "stride_hidden_q"])
+@triton.jit(do_not_specialize=UNALIGNED)
 def forward_kernel(
     p_q_content,  # [B, Q, H, D]
     p_q_pos,  # [B, Q, H, DP] or None
@@ -175,7 +178,7 @@ def forward_kernel(
     tl.store(p_lse + (split.to(tl.int64) * BH + bh) * Q + o_q, b_lse, mask=m_q)
 
 
-@triton.jit(do_not_specialize=["Q"])
+@triton.jit(do_not_specialize=UNALIGNED)
 def combine_kernel(
     p_part_out,  # [SPLITS, B, Q, H, DV] fp32
     p_part_lse,  # [SPLITS, B, H, Q]

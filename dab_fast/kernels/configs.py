@@ -51,7 +51,7 @@ _ATTENTION: dict[tuple[Arithmetic, AttentionKernel, int | str], AttentionConfig]
     ("ieee", "forward", 32): AttentionConfig(32, 32, 8, 2),
     ("ieee", "forward", 64): AttentionConfig(32, 32, 8, 2),
     ("ieee", "forward", "crowded"): AttentionConfig(32, 32, 8, 2),
-    ("ieee", "query", 32): AttentionConfig(32, 32, 8, 2),
+    ("ieee", "query", 32): AttentionConfig(32, 32, 4, 2),
     ("ieee", "query", 64): AttentionConfig(32, 32, 8, 2),
     ("ieee", "query", "crowded"): AttentionConfig(32, 32, 8, 2),
     ("ieee", "key", 32): AttentionConfig(32, 32, 4, 2),

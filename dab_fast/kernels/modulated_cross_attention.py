@@ -1,7 +1,8 @@
 """The launches of the attention kernels; their mathematics stands in `_attention_forward` and `_attention_backward`."""
 
 from dataclasses import replace
-from typing import Any
+from itertools import product
+from typing import Any, get_args
 
 import torch
 import triton
@@ -9,9 +10,10 @@ from torch import Tensor
 
 from dab_fast.kernels._attention_backward import backward_key_kernel, backward_query_kernel
 from dab_fast.kernels._attention_forward import combine_kernel, forward_kernel
+from dab_fast.kernels._cases import CompileCase
 from dab_fast.kernels._common import INTERPRET
 from dab_fast.kernels._launch import on_device_of
-from dab_fast.kernels.configs import Arithmetic, AttentionConfig, attention_config, key_splits, num_sms
+from dab_fast.kernels.configs import Arithmetic, AttentionConfig, AttentionKernel, attention_config, key_splits, num_sms
 
 COMBINE_BLOCK_Q = 16
 
@@ -77,6 +79,10 @@ def launch_options(D: int, DP: int, DV: int, arithmetic: Arithmetic, config: Att
     }
 
 
+def combine_options(DV: int, splits: int) -> dict[str, Any]:
+    return {"DV": DV, "BLOCK_Q": COMBINE_BLOCK_Q, "SPLITS": splits, "num_warps": 1, "enable_fp_fusion": True}
+
+
 def dropout_scale(dropout_p: float) -> float:
     return 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
 
@@ -138,17 +144,7 @@ def forward(
         )
         if splits > 1:
             combine_kernel[(triton.cdiv(Q, COMBINE_BLOCK_Q) * B * H,)](
-                part_out,
-                part_lse,
-                out,
-                lse,
-                B * H,
-                H,
-                Q,
-                DV=DV,
-                BLOCK_Q=COMBINE_BLOCK_Q,
-                SPLITS=splits,
-                num_warps=1,
+                part_out, part_lse, out, lse, B * H, H, Q, **combine_options(DV, splits)
             )
     return out, lse
 
@@ -246,3 +242,63 @@ def backward(
     if dk_pos is not None and dk_pos_images is not None and dk_pos_images is not dk_pos:
         dk_pos.copy_(dk_pos_images.sum(0, keepdim=True))
     return [x for x in gradients if x is not None]
+
+
+def compile_cases() -> list[CompileCase]:
+    """Every row of the table of configurations: with each kind of mask, as cross-attention and as self-attention."""
+    kernels = {"forward": forward_kernel, "query": backward_query_kernel, "key": backward_key_kernel}
+    variants: tuple[tuple[str, ...], ...] = (
+        (),
+        ("padding",),
+        ("split",),
+        ("self",),
+        ("self", "hidden"),
+        ("padding", "hidden"),
+        ("padding", "dropout"),
+        ("padding", "hidden", "dropout"),
+    )
+    cases = []
+    for kernel, arithmetic, width, variant in product(
+        get_args(AttentionKernel), get_args(Arithmetic), (16, 32, 64), variants
+    ):
+        if "split" in variant and kernel != "forward":
+            continue
+        crowded = "hidden" in variant or "dropout" in variant
+        element = "bf16" if arithmetic == "half" else "fp32"
+        pos = None if "self" in variant else element
+        pointers = {
+            **dict.fromkeys(("p_q_content", "p_k_content", "p_v", "p_d_out", "p_dq_content"), element),
+            **dict.fromkeys(("p_dk_content", "p_dv"), element),
+            **dict.fromkeys(("p_q_pos", "p_k_pos", "p_dq_pos"), pos),
+            **dict.fromkeys(("p_lse", "p_lse2", "p_delta"), "fp32"),
+            "p_out": "fp32" if "split" in variant else element,
+            "p_dk_pos": pos and "fp32",  # shared by the images
+            "p_padding": "i1" if "padding" in variant else None,
+            "p_hidden": "i1" if "hidden" in variant else None,
+            "p_rng": "i64" if "dropout" in variant else None,
+        }
+        config = attention_config(kernel, arithmetic, width, crowded)
+        cases.append(
+            CompileCase(
+                name=" ".join(("attention", kernel, arithmetic, str(width), *variant)),
+                kernel=kernels[kernel],
+                pointers=pointers,
+                floats=("scale", "dropout_p", "dropout_scale"),
+                options=launch_options(width, 0 if pos is None else width, width, arithmetic, config),
+                tensor_cores=arithmetic != "ieee",
+                default=width == 32 and arithmetic != "tf32" and not crowded,
+            )
+        )
+    cases += [
+        CompileCase(
+            name=f"attention combine {width} {splits}",
+            kernel=combine_kernel,
+            pointers={"p_part_out": "fp32", "p_part_lse": "fp32", "p_out": "bf16", "p_lse": "fp32"},
+            floats=(),
+            options=combine_options(width, splits),
+            tensor_cores=False,
+            default=width == 32 and splits == 4,
+        )
+        for width, splits in product((16, 32, 64), (2, 4, 6, 16))
+    ]
+    return cases

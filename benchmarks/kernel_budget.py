@@ -1,0 +1,167 @@
+"""Compiles every Triton kernel in every configuration that is shipped, without a GPU, and reads the machine code.
+
+    python -m benchmarks.kernel_budget [--arch 80,90,100] [--default] [--match TEXT] [--json] [--jobs 2]
+
+Exit code 1 when a kernel breaks its budget: registers spill; dots meant for tensor cores are not on them; less than
+three quarters of the bytes of its global loads come in 16-byte instructions; more shared memory than the chip has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from pathlib import Path
+
+import triton
+from cuxray import compute, lookup
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dab_fast import kernels
+from dab_fast.kernels._cases import CompileCase
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+TENSOR_CORES = re.compile(r"(HMMA|HGMMA|UTC\w*MMA)\b")
+GLOBAL_LOAD = re.compile(r"(LDG|LDGSTS)\b")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What became of one case on one architecture."""
+
+    name: str
+    arch: int
+    registers: int
+    spills: int  # instructions that write or read local memory
+    shared: int  # bytes
+    programs_per_sm: int
+    instructions: int
+    tensor_cores: int  # instructions
+    wide_load_share: float  # of the bytes of the global loads in the code, those of 16-byte loads
+    broken: list[str]
+
+
+@cache
+def cases() -> dict[str, CompileCase]:
+    found: dict[str, CompileCase] = {}
+    for module in pkgutil.iter_modules(kernels.__path__, "dab_fast.kernels."):
+        listed = getattr(importlib.import_module(module.name), "compile_cases", list)()
+        for case in listed:
+            if case.name in found:
+                raise ValueError(f"two cases are named {case.name!r}")
+            found[case.name] = case
+    return found
+
+
+def _tool(name: str, *arguments: str) -> str:
+    return subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def load_bytes(instruction: str) -> int:
+    """The bytes that one thread loads by it: LDG.E.128 16, LDG.E.U8 1, LDG.E 4."""
+    for part in instruction.split("."):
+        if part in ("64", "128", "256"):
+            return int(part) // 8
+        if part in ("U8", "S8"):
+            return 1
+        if part in ("U16", "S16"):
+            return 2
+    return 4
+
+
+def measure(arch: int, name: str) -> Budget:
+    case = cases()[name]
+    types, constants, alignments = case.signature()
+    num_warps = case.options["num_warps"]
+    compiled = triton.compile(
+        ASTSource(case.kernel, types, constants, alignments),
+        target=GPUTarget("cuda", arch, 32),
+        options={"num_warps": num_warps, "enable_fp_fusion": True},
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        registers = int(re.search(r"REG:(\d+)", _tool("cuobjdump", "--dump-resource-usage", cubin.name))[1])
+        counts = Counter(INSTRUCTION.findall(_tool("nvdisasm", "-c", cubin.name)))
+
+    def count(pattern: str) -> int:
+        return sum(n for instruction, n in counts.items() if re.match(pattern, instruction))
+
+    loads = {i: n * load_bytes(i) for i, n in counts.items() if GLOBAL_LOAD.match(i)}
+    wide = sum(size for i, size in loads.items() if load_bytes(i) >= 16)
+    share = wide / max(sum(loads.values()), 1)
+    spills = count(r"(STL|LDL)\b")
+    tensor_cores = count(TENSOR_CORES.pattern)
+    chip, shared = lookup(f"sm_{arch}"), compiled.metadata.shared
+    broken = []
+    if spills:
+        broken.append(f"{spills} instructions spill registers")
+    if case.tensor_cores and not tensor_cores:
+        broken.append("no tensor-core instruction")
+    if share < 0.75:
+        broken.append(f"only {share:.0%} of the loaded bytes in 16-byte loads")
+    if shared > chip.smem_per_block_max:
+        broken.append(f"{shared} bytes of shared memory, the chip has {chip.smem_per_block_max}")
+    return Budget(
+        name,
+        arch,
+        registers,
+        spills,
+        shared,
+        compute(chip, registers, 32 * num_warps, smem_dynamic=shared).blocks_per_sm,
+        sum(counts.values()),
+        tensor_cores,
+        round(share, 3),
+        broken,
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", default="90", help="comma-separated, default %(default)s")
+    parser.add_argument("--default", action="store_true", help="only the configurations that `make test` compiles")
+    parser.add_argument("--match", default="", help="only cases whose name contains this")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+    if triton.knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set: kernels are interpreted, not compiled")
+    names = [name for name, case in cases().items() if options.match in name and (case.default or not options.default)]
+    budgets: list[Budget] = []
+    with ProcessPoolExecutor(options.jobs) as pool:
+        for arch in map(int, options.arch.split(",")):
+            for budget in pool.map(partial(measure, arch), names):
+                budgets.append(budget)
+                if not options.json:
+                    _print(budget)
+    if options.json:
+        json.dump([asdict(budget) for budget in budgets], sys.stdout, indent=1)
+    broken = [budget for budget in budgets if budget.broken]
+    print(f"{len(budgets)} kernels compiled, {len(broken)} over budget", file=sys.stderr)
+    return 1 if broken or not budgets else 0
+
+
+def _print(budget: Budget) -> None:
+    print(
+        f"sm_{budget.arch} {budget.name:44} {budget.registers:3} registers {budget.shared:6} B shared "
+        f"{budget.programs_per_sm:2} programs/SM {budget.instructions:5} instructions "
+        f"{budget.tensor_cores:3} tensor-core {budget.wide_load_share:4.0%} wide loads"
+        + "".join(f"  BROKEN: {reason}" for reason in budget.broken),
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

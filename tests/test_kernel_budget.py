@@ -1,0 +1,68 @@
+"""Kernels compiled without a GPU stay within their budgets. In a subprocess: here Triton is the interpreter."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.kernel_budget import GLOBAL_LOAD, INSTRUCTION, TENSOR_CORES, load_bytes
+
+ROOT = Path(__file__).parents[1]
+
+
+def compiler(*arguments: str) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def budgets(*arguments: str) -> list[dict]:
+    done = compiler("-m", "benchmarks.kernel_budget", "--json", *arguments)
+    assert done.stdout, done.stderr
+    found = json.loads(done.stdout)
+    assert {budget["name"]: budget["broken"] for budget in found if budget["broken"]} == {}
+    assert done.returncode == 0, done.stderr
+    return found
+
+
+def test_default_configurations_on_sm_90():
+    found = {budget["name"]: budget for budget in budgets("--default", "--jobs", "1")}
+    for kernel in ("forward", "query", "key"):
+        # The decoder's attention in half precision: at least three programs share an SM.
+        assert found[f"attention {kernel} half 32"]["programs_per_sm"] >= 3
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("arch", ("80", "90", "100"))
+def test_every_configuration(arch):
+    assert len(budgets("--arch", arch, "--jobs", "2")) > 200
+
+
+def test_a_broken_budget_is_noticed():
+    script = """
+import dataclasses
+from benchmarks import kernel_budget
+cases = kernel_budget.cases()
+name = "attention combine 32 4"
+cases[name] = dataclasses.replace(cases[name], tensor_cores=True)
+print(kernel_budget.measure(90, name).broken)
+"""
+    done = compiler("-c", script)
+    assert done.stdout.strip() == "['no tensor-core instruction']", done.stderr
+
+
+def test_machine_code_is_read_right():
+    code = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/              @!P0 LDG.E.128 R4, [R2.64] ;
+        /*0020*/              @!UP1 HFMA2.MMA R3, -RZ, RZ, 0, 0 ;
+        /*10030*/                  HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4] ;
+"""
+    found = INSTRUCTION.findall(code)
+    assert found == ["LDC", "LDG.E.128", "HFMA2.MMA", "HGMMA.64x64x16.F32.BF16"]
+    assert [i for i in found if TENSOR_CORES.match(i)] == ["HGMMA.64x64x16.F32.BF16"]
+    assert [i for i in found if GLOBAL_LOAD.match(i)] == ["LDG.E.128"]
+    sizes = {"LDG.E": 4, "LDG.E.U8": 1, "LDG.E.64.CONSTANT": 8, "LDGSTS.E.BYPASS.128": 16, "LDG.E.U16": 2}
+    assert {i: load_bytes(i) for i in sizes} == sizes
