@@ -122,9 +122,12 @@ def test_dropout_is_the_one_rate_everywhere(monkeypatch):
     ours = drop_in(dropout=0.25).train()
     rates = []
     dropout = nn.functional.dropout
-    monkeypatch.setattr(
-        nn.functional, "dropout", lambda x, p, training: rates.append((p, training)) or dropout(x, p, training)
-    )
+
+    def record(x, p=0.5, training=True):
+        rates.append((p, training))
+        return dropout(x, p, training)
+
+    monkeypatch.setattr(nn.functional, "dropout", record)
     ours(**inputs())
     assert set(rates) == {(0.25, True)} and len(rates) == 6 * L
     first, second_ = (ours(**inputs())[0] for _ in range(2))
