@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dab_fast import DabDecoder, DecoderConfig, reference
-from dab_fast.decoder import predict_boxes
+from dab_fast.decode import decode, predict_boxes
 from tests.models import assert_same_gradients, perturb_
 
 VARIANTS = {
@@ -103,8 +103,6 @@ def test_query_first(variant):
 
 
 def test_one_pos_for_all_images_and_spatial_shape():
-    from dab_fast.decoder import decode
-
     model = decoder().double()
     params = dict(model.named_parameters())
     h, w, half = 3, 4, model.config.d_model // 2

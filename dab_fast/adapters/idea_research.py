@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from dab_fast.adapters._fast import Fast
 from dab_fast.config import Activation, DecoderConfig
-from dab_fast.decoder import DabDecoder, decode
+from dab_fast.decode import decode
+from dab_fast.decoder import DabDecoder
 from dab_fast.parameters import StepAside, gather
 
 INVERSE_SIGMOID_EPS = 1e-3

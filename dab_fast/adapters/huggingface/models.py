@@ -17,7 +17,7 @@ from dab_fast import reference
 from dab_fast.adapters._fast import Fast
 from dab_fast.adapters.huggingface import INVERSE_SIGMOID_EPS, canonical_name
 from dab_fast.config import Activation, DecoderConfig
-from dab_fast.decoder import decode, predict_boxes
+from dab_fast.decode import decode, predict_boxes
 from dab_fast.parameters import StepAside, gather
 
 
