@@ -287,7 +287,7 @@ def run(
         return torch.autocast(device.type, dtype) if half else nullcontext()
 
     say("running both models")
-    with torch.inference_mode():
+    with torch.no_grad():
         exact = original(pixel_values)
         with precision():
             decoders = {

@@ -1,0 +1,199 @@
+"""What installing and importing the package does, and what it does not."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+# The extras whose packages a folder may import, and modules whose distribution has another name.
+MAY_IMPORT = {
+    "dab_fast": ("demo", "bench", "test"),
+    "tests": ("test",),
+    "benchmarks": ("bench", "test"),
+    "examples": ("demo",),
+}
+DISTRIBUTIONS = {"PIL": "pillow", "skimage": "scikit-image", "tomli": "pytest", "packaging": "pytest"}
+
+
+def run_python(code):
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
+
+
+def test_import_is_light():
+    """Neither triton nor transformers nor the extension; and no question to a GPU, which would start its driver."""
+    code = """
+import sys, torch
+before = set(sys.modules)
+def refuse(*args, **kwargs):
+    raise AssertionError("asked the GPU")
+for name in ("_lazy_init", "is_available", "device_count", "get_device_capability", "get_device_properties"):
+    setattr(torch.cuda, name, refuse)
+import dab_fast
+print(*sorted(set(sys.modules) - before))
+"""
+    found = run_python(code).split()
+    assert "dab_fast.decoder" in found
+    for heavy in ("triton", "transformers", "numpy", "typer", "rich", "matplotlib", "dab_fast._C", "torch._dynamo"):
+        assert not [name for name in found if name == heavy or name.startswith(f"{heavy}.")], heavy
+
+
+def test_import_is_fast():
+    """Added to importing torch: 0.2 s at most, the best of three runs of processor time on a shared machine."""
+    code = """
+import time, torch
+start = time.process_time()
+import dab_fast
+print(time.process_time() - start)
+"""
+    assert min(float(run_python(code)) for _ in range(3)) < 0.2
+
+
+def test_version_is_the_same_everywhere():
+    import dab_fast
+
+    assert dab_fast.__version__ == PYPROJECT["project"]["version"]
+
+
+def test_the_command_exists():
+    """The entry point that an installation makes."""
+    module, _, function = PYPROJECT["project"]["scripts"]["dab-fast"].partition(":")
+    out = run_python(f"import sys; sys.argv = ['dab-fast', '--help']; from {module} import {function}; {function}()")
+    assert all(command in out for command in ("demo", "selftest"))
+
+
+def test_without_the_extras_the_command_says_what_to_install():
+    code = "import sys; sys.modules['typer'] = None; import dab_fast.cli"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode and result.stderr.strip() == (
+        "dab-fast: the command line needs typer and more: pip install 'dab_fast[demo]'"
+    )
+
+
+def extra(name):
+    """The requirements of an extra, those of the extras it names included."""
+    found = []
+    for line in PYPROJECT["project"]["optional-dependencies"][name]:
+        requirement = Requirement(line)
+        if requirement.name == "dab_fast":
+            found += [r for other in requirement.extras for r in extra(other)]
+        else:
+            found.append(requirement)
+    return found
+
+
+def normal(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+@pytest.mark.parametrize("folder", MAY_IMPORT)
+def test_every_import_is_required(folder):
+    """What the code imports is the standard library, the package, or named by an extra."""
+    required = {normal(r.name) for name in MAY_IMPORT[folder] for r in extra(name)} | {"torch"}
+    ours = {*MAY_IMPORT, "__future__"}
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module]
+            else:
+                continue
+            for name in (name.partition(".")[0] for name in names):
+                if name not in sys.stdlib_module_names and name not in ours:
+                    assert normal(DISTRIBUTIONS.get(name, name)) in required, f"{path.relative_to(ROOT)}: {name}"
+
+
+def test_constraints_name_every_requirement():
+    """Each once per Python version; triton is left to torch, whose GPU wheels pin another than the newest."""
+    lines = [line.partition("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines()]
+    pins = [Requirement(line) for line in lines if line]
+    for version in ("3.10", "3.11", "3.13"):
+        here = [normal(r.name) for r in pins if r.marker is None or r.marker.evaluate({"python_version": version})]
+        assert len(here) == len(set(here))
+        wanted = {normal(r.name) for r in [Requirement("torch"), *extra("test")]} - {"triton", "setuptools"}
+        assert set(here) == wanted
+    assert all(str(r.specifier).startswith("==") for r in pins)
+
+
+def test_installed_package_is_whole(tmp_path):
+    """Every module and data file of the source tree is in what setuptools would install."""
+    command = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "egg_info",
+        "--egg-base",
+        tmp_path,
+        "build_py",
+        "--build-lib",
+        tmp_path,
+    ]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    tracked = [path for path in (ROOT / "dab_fast").rglob("*") if path.suffix in (".py", ".json", ".typed")]
+    missing = [path for path in tracked if not (tmp_path / path.relative_to(ROOT)).is_file()]
+    assert len(tracked) > 20 and not missing
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("isolation", [True, False])
+def test_editable_installation(tmp_path, isolation):
+    """pip install -e ., with and without build isolation, beside the torch that is here."""
+    copy = tmp_path / "source"
+    subprocess.run(["git", "clone", "-q", ROOT, copy], check=True)
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    here = next(Path(path) for path in sys.path if path.endswith("site-packages"))
+    site = next((tmp_path / "venv" / "lib").glob("python3*")) / "site-packages"
+    (site / "here.pth").write_text(f"{here}\n")
+    flags = [] if isolation else ["--no-build-isolation"]
+    subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", *flags, "-e", copy], check=True)
+    where = subprocess.run(
+        [python, "-c", "import dab_fast; print(dab_fast.__file__)"],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert Path(where.strip()).is_relative_to(copy)
+    subprocess.run([tmp_path / "venv" / "bin" / "dab-fast", "--help"], check=True, capture_output=True)
+
+
+def test_what_the_readme_says_exists():
+    """Links into the repository lead somewhere, and commands named there are targets."""
+    for name in ("README.md", "CONTRIBUTING.md"):
+        text = (ROOT / name).read_text()
+        for link in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", text):
+            assert (ROOT / link).exists(), f"{name}: {link}"
+        targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
+        for target in re.findall(r"\bmake (\w+)\b(?!=)", "\n".join(re.findall(r"`[^`]+`|^    .+$", text, re.M))):
+            assert target in targets, f"{name}: make {target}"
+
+
+def test_figures_of_the_readme_are_the_baseline():
+    """Its table of counts says what `python -m benchmarks.counts` committed."""
+    counts = json.loads((ROOT / "benchmarks/counts.json").read_text())["counts"]["1050"]
+    rows = {
+        "ATen calls, forward": ("inference", "aten_calls", 1),
+        "ATen calls, forward and backward": ("training", "aten_calls", 1),
+        "waits of the host for the GPU, forward": ("inference", "host_syncs", 1),
+        "kept for backward, MB": ("training", "saved_bytes", 1e6),
+    }
+    text = (ROOT / "README.md").read_text()
+    for row, (mode, metric, unit) in rows.items():
+        cells = [f"{counts[who][mode][metric] / unit:,.0f}" for who in ("huggingface", "torch")]
+        assert f"| {row} | {' | '.join(cells)} |" in text, f"README.md must say {cells} for {row!r}"
