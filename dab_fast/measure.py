@@ -11,6 +11,7 @@ import math
 import statistics
 import sys
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 # Calls that launch nothing, though their schemas do not say that they return a view.
 _ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
@@ -69,8 +71,12 @@ def host_syncs(fn: Callable[[], Any]) -> int:
     return count(fn).syncs.total()
 
 
-def saved_bytes(fn: Callable[[], Any], exclude: Iterable[Tensor] = ()) -> int:
-    """Bytes that fn()'s autograd graph keeps for backward: unique storages, without those of `exclude`."""
+def saved_bytes(fn: Callable[[], Any], exclude: Iterable[Tensor] = (), *, execute_kernels: bool = True) -> int:
+    """Bytes that fn()'s autograd graph keeps for backward: unique storages, without those of `exclude`.
+
+    Args:
+        execute_kernels: as in `count`.
+    """
     excluded = {x.untyped_storage().data_ptr() for x in exclude}
     kept: dict[int, Tensor] = {}  # holding the tensors keeps their addresses from being used again
 
@@ -78,10 +84,61 @@ def saved_bytes(fn: Callable[[], Any], exclude: Iterable[Tensor] = ()) -> int:
         kept.setdefault(x.untyped_storage().data_ptr(), x.detach())
         return x
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
+    with torch.enable_grad(), _count_launches(Counts(), execute_kernels), hooks:
         result = fn()
     del result
     return sum(x.untyped_storage().nbytes() for address, x in kept.items() if address not in excluded)
+
+
+def peak_bytes(fn: Callable[[], Any], device: torch.device | str = "cpu") -> int:
+    """The most memory that fn() holds at once beyond what is held before it.
+
+    On a GPU the allocator's peak. On a CPU the storages that PyTorch's calls return: what a call needs inside itself,
+    and gives back, is not seen there.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        fn()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    allocations = _Allocations()
+    with allocations:
+        fn()
+    return allocations.peak
+
+
+class _Allocations(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.known: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for x in tree_iter((args, kwargs)):  # results may share what was there before
+            if isinstance(x, Tensor):
+                self.known.add(x.untyped_storage())
+        result = func(*args, **(kwargs or {}))
+        for x in tree_iter(result):
+            if isinstance(x, Tensor) and (storage := x.untyped_storage()) not in self.known:
+                self.known.add(storage)
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._free, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return result
+
+    def _free(self, nbytes: int) -> None:
+        self.live -= nbytes
+
+
+@contextmanager
+def kernels_skipped() -> Iterator[None]:
+    """Triton launches do nothing in here; results are meaningless."""
+    with _count_launches(Counts(), execute=False):
+        yield
 
 
 @dataclass(frozen=True)

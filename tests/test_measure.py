@@ -63,6 +63,25 @@ def test_triton_launches_are_counted_and_need_not_run():
     assert not torch.equal(ran[0], 2 * x)
 
 
+def test_peak_bytes():
+    size = 4 * 1000
+
+    def chain():
+        a = torch.ones(1000)
+        b = a + 1
+        del a
+        c = b * 2
+        del b
+        return (c + 1).view(10, 100)[2:]
+
+    assert measure.peak_bytes(chain) == 2 * size
+    w = torch.ones(1000, requires_grad=True)
+    assert measure.peak_bytes(lambda: w.detach().mul_(1)) == 0, "nothing new is held"
+    kept = measure.peak_bytes(lambda: w.exp().exp().exp())
+    with torch.no_grad():
+        assert kept == 3 * size > 2 * size == measure.peak_bytes(lambda: w.exp().exp().exp())
+
+
 def test_interleaved_times():
     order = []
     fns = {

@@ -40,6 +40,8 @@ def count_modes(work: Workload, provider: Provider) -> dict[str, dict[str, int]]
     """{mode: {metric: number}} of one provider; Triton kernels are counted, not run."""
     prepared = provider.build(work)
     found: dict[str, dict[str, int]] = {}
+    with torch.no_grad(), measure.kernels_skipped():
+        prepared.forward()  # what only the first call does
     for mode in provider.modes or ("inference", "training"):
         training = mode == "training"
 
@@ -50,9 +52,10 @@ def count_modes(work: Workload, provider: Provider) -> dict[str, dict[str, int]]
                 given = _zero_cost_cotangents(outputs)
                 gradients(prepared, outputs, cotangent=given)
 
-        measure.count(step, execute_kernels=False)  # what only the first call does
         counts = measure.count(step, execute_kernels=False)
-        kept = measure.saved_bytes(prepared.forward, prepared.parameters()) if training else 0
+        kept = 0
+        if training:
+            kept = measure.saved_bytes(prepared.forward, prepared.parameters(), execute_kernels=False)
         numbers = (counts.aten.total(), counts.kernels.total(), counts.syncs.total(), kept)
         found[mode] = dict(zip(METRICS, numbers, strict=True))
     return found

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from dab_fast import ops
-from dab_fast.bench.workloads import Op, Prepared, Workload
+from dab_fast.bench.workloads import WORKLOADS, Op, Prepared, Workload
 from dab_fast.ops import _backends
+
+_OPS = tuple(kind for kind, workload in WORKLOADS.items() if issubclass(workload, Op))
 
 WhyNot = Callable[[Workload], "str | None"]
 
@@ -25,8 +27,11 @@ class Provider:
     build: Callable[[Workload], Prepared]
     why_not: WhyNot = lambda work: None  # why it cannot do this work here, or None
     ours: bool = False
+    kinds: tuple[str, ...] = tuple(WORKLOADS)  # of workloads
     modes: tuple[str, ...] | None = None  # only these modes; None: every one
     counted: bool = False  # part of `python -m benchmarks.counts`
+    compiled: bool = False  # its calls cannot be counted without recompiling
+    interpreted: bool = False  # on a CPU, where its times mean nothing
 
 
 def _original(work: Workload) -> Prepared:
@@ -67,14 +72,6 @@ def _ours(backend: str) -> Callable[[Workload], Prepared]:
     return build
 
 
-def _not_for(*kinds: str) -> WhyNot:
-    return lambda work: f"does not exist for {work.kind}" if work.kind in kinds else None
-
-
-def _only_for(*kinds: str) -> WhyNot:
-    return lambda work: None if work.kind in kinds else f"exists for {', '.join(kinds)} only"
-
-
 def _needs_cuda(work: Workload) -> str | None:
     return None if work.device.type == "cuda" else "needs a CUDA GPU"
 
@@ -83,12 +80,6 @@ def _needs_inductor(work: Workload) -> str | None:
     if work.device.type == "cuda":
         return None if importlib.util.find_spec("triton") else "triton is not installed"
     return None if shutil.which("g++") or shutil.which("clang++") else "no C++ compiler found"
-
-
-def _can_compile_dtype(work: Workload) -> str | None:
-    if work.kind == "model":
-        return "the whole model is measured as its users run it, uncompiled"
-    return None
 
 
 def _backend(name: str) -> WhyNot:
@@ -100,16 +91,13 @@ def _backend(name: str) -> WhyNot:
                 return f"{_backends.VARIABLE}={ops.chosen_backend()} is set"
         needed = [work.kind] if isinstance(work, Op) else _OPS
         for op in needed:
-            if name != "torch" and importlib.util.find_spec(f"{_backends.PACKAGES[name]}.{op}") is None:
-                return f"there is no {name} kernel of {op}"
+            if name == "triton" and importlib.util.find_spec(f"{_backends.PACKAGES[name]}.{op}") is None:
+                return f"there is no Triton kernel of {op}"
             if (reason := _backends.why_not(name, op, work.device)) is not None:
                 return reason
         return None
 
     return why_not
-
-
-_OPS = ("box_position_embed", "modulated_cross_attention", "refine_boxes")
 
 
 def _all(*reasons: WhyNot) -> WhyNot:
@@ -120,34 +108,49 @@ PROVIDERS = {
     p.name: p
     for p in (
         Provider(
-            "huggingface",
-            "Hugging Face transformers, eager",
-            _original,
-            _only_for("decoder", "model"),
-            counted=True,
+            "huggingface", "Hugging Face transformers, eager", _original, kinds=("decoder", "model"), counted=True
         ),
-        Provider("eager", "the op's specification in plain PyTorch", _original, _not_for("decoder", "model")),
+        Provider("eager", "the op's specification in plain PyTorch", _original, kinds=_OPS),
         Provider(
             "sdpa",
             "the same with F.scaled_dot_product_attention patched in",
             _sdpa,
-            _not_for("box_position_embed", "refine_boxes"),
+            kinds=("decoder", "model", "modulated_cross_attention"),
         ),
-        Provider("compile", "torch.compile of eager", _compiled(_original), _all(_can_compile_dtype, _needs_inductor)),
+        Provider(
+            "compile",
+            "torch.compile of eager",
+            _compiled(_original),
+            _needs_inductor,
+            kinds=("decoder", *_OPS),
+            compiled=True,
+        ),
         Provider(
             "compile_max",
             "torch.compile of eager, max-autotune with CUDA graphs",
             _compiled(_original, mode="max-autotune"),
-            _all(_can_compile_dtype, _needs_cuda, _needs_inductor),
+            _all(_needs_cuda, _needs_inductor),
+            kinds=("decoder", *_OPS),
+            compiled=True,
         ),
         Provider(
             "flex",
             "compiled FlexAttention of concatenated parts",
             lambda work: work.flex(),  # type: ignore[attr-defined]
-            _all(_only_for("modulated_cross_attention"), _needs_cuda, _needs_inductor),
+            _all(_needs_cuda, _needs_inductor),
+            kinds=("modulated_cross_attention",),
+            compiled=True,
         ),
         Provider("torch", "dab_fast in plain PyTorch", _ours("torch"), _backend("torch"), ours=True, counted=True),
-        Provider("triton", "dab_fast, Triton kernels", _ours("triton"), _backend("triton"), ours=True, counted=True),
+        Provider(
+            "triton",
+            "dab_fast, Triton kernels",
+            _ours("triton"),
+            _backend("triton"),
+            ours=True,
+            counted=True,
+            interpreted=True,
+        ),
         Provider("native", "dab_fast, C++ and CUDA extension", _ours("native"), _backend("native"), ours=True),
     )
 }

@@ -56,6 +56,7 @@ class Shape:
         return f"B{self.batch} Q{self.queries} S{self.tokens}{' padded' * self.padded}"
 
 
+ONE_IMAGE = Shape()
 FEATURE_MAPS = {1050: (25, 42), 4200: (50, 84)}  # of an 800 x 1333 image at stride 32, and 16 (DC5)
 
 
@@ -74,7 +75,7 @@ class Prepared:
 class Workload:
     """What is measured, at one shape, dtype and device. Inputs and weights are the same in every instance."""
 
-    shape: Shape = Shape()
+    shape: Shape = ONE_IMAGE
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     size: Size = PAPER
@@ -120,7 +121,9 @@ def _config(size: Size, queries: int, **more: Any) -> Any:
     from transformers import DabDetrConfig, ResNetConfig
 
     more["out_features"] = ["stage4"]
+    labels: dict[str, Any] = {"num_labels": 91}
     return DabDetrConfig(
+        **labels,
         backbone_config=ResNetConfig(**more),
         hidden_size=size.d_model,
         encoder_layers=size.layers,

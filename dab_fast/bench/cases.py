@@ -1,0 +1,356 @@
+"""A case: one workload in one mode, done by every provider that can, in turn, in one run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dab_fast import measure
+from dab_fast.bench import rows
+from dab_fast.bench.counting import cotangents, gradients
+from dab_fast.bench.providers import PROVIDERS, Provider
+from dab_fast.bench.roofline import floor_ms
+from dab_fast.bench.workloads import (
+    DTYPES,
+    FEATURE_MAPS,
+    ONE_IMAGE,
+    PAPER,
+    TINY,
+    WORKLOADS,
+    Prepared,
+    Shape,
+    Size,
+    Workload,
+)
+from dab_fast.ops import BackendUnavailable
+
+logger = logging.getLogger("dab_fast")
+
+MB = 1e6
+HOST_CALLS = 20  # back to back, in a row of mode "host"; its times are of one
+_NO_GRAD = ("inference", "forward", "host")
+
+
+@dataclass(frozen=True)
+class Case:
+    kind: str
+    mode: str
+    shape: Shape = ONE_IMAGE
+    dtype: str = "fp32"
+    size: Size = PAPER
+    without: tuple[str, ...] = ()  # providers left out
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.mode} {self.shape} {self.dtype}"
+
+    def workload(self, device: torch.device) -> Workload:
+        return WORKLOADS[self.kind](self.shape, DTYPES[self.dtype], device, self.size)
+
+    def providers(self) -> list[Provider]:
+        """Those that may take part, the baseline first."""
+        return [
+            p
+            for p in PROVIDERS.values()
+            if self.kind in p.kinds and p.name not in self.without and (p.modes is None or self.mode in p.modes)
+        ]
+
+
+@dataclass
+class Result:
+    rows: list[rows.Row] = field(default_factory=list)
+    times: dict[str, measure.Times] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)  # provider: why it cannot
+    failed: dict[str, BaseException] = field(default_factory=dict)  # provider: what it raised
+
+
+@dataclass(frozen=True)
+class _Runner:
+    step: Callable[[], Any]  # what is timed
+    evaluate: Callable[[], tuple[Tensor, dict[str, Tensor | None]]]  # the comparable output, and the gradients
+    prepared: Prepared
+
+
+def measure_case(
+    case: Case,
+    device: torch.device,
+    *,
+    rounds: int = 30,
+    seconds: float = 10.0,  # of timed rounds
+    rest: float = 0.0,  # before each timed call
+    only: Iterable[str] | None = None,  # providers besides the baseline
+) -> Result:
+    """Measures every provider of the case: counts, memory and error first, then interleaved times."""
+    result, work = Result(), case.workload(device)
+    truth = _attempt(lambda: _runner(case, work, work.truth()).evaluate(), "float64", Result())
+    runners: dict[str, _Runner] = {}
+    facts: dict[str, rows.Row] = {}
+    for provider in case.providers():
+        name = provider.name
+        if only is not None and name not in only and name != work.baseline:
+            continue
+        if (reason := provider.why_not(work)) is not None:
+            result.skipped[name] = reason
+            continue
+
+        def prepare(provider: Provider = provider) -> tuple[_Runner, rows.Row]:
+            runner = _runner(case, work, provider.build(work))
+            return runner, _facts(case, runner, truth, device, counted=not provider.compiled)
+
+        found = _attempt(prepare, name, result)
+        if found is not None:
+            runners[name], facts[name] = found
+    if not runners:
+        return result
+    steps = {
+        name: runner.step for name, runner in runners.items() if device.type != "cpu" or not PROVIDERS[name].interpreted
+    }
+    result.times = measure.interleaved_times(
+        steps, rounds, warmup=1 if device.type == "cpu" else 3, seconds=seconds, device=device, rest=rest
+    )
+    _fill_rows(case, work, device, facts, result)
+    return result
+
+
+def _attempt(fn: Callable[[], Any], name: str, result: Result) -> Any:
+    """A provider that fails, runs out of memory, or cannot, does not end the others' case."""
+    try:
+        return fn()
+    except BackendUnavailable as error:
+        result.skipped[name] = str(error)
+    except Exception as error:  # a peer may raise anything
+        logger.warning("%s failed: %s: %s", name, type(error).__name__, str(error).partition("\n")[0])
+        result.failed[name] = error
+    return None
+
+
+def _runner(case: Case, work: Workload, prepared: Prepared) -> _Runner:
+    if case.mode in _NO_GRAD:
+
+        def infer() -> tuple[Tensor, ...]:
+            with torch.no_grad():
+                return prepared.forward()
+
+        def repeat() -> None:
+            for _ in range(HOST_CALLS):
+                infer()
+
+        step = repeat if case.mode == "host" else infer
+        return _Runner(step, lambda: (work.comparable(infer()), {}), prepared)
+
+    kept = prepared.forward()
+    given = cotangents(kept)
+    if case.mode == "backward":
+
+        def backward() -> dict[str, Tensor | None]:
+            return gradients(prepared, kept, cotangent=given, retain_graph=True)
+
+        return _Runner(backward, lambda: (work.comparable(kept), backward()), prepared)
+
+    def train() -> dict[str, Tensor | None]:
+        return gradients(prepared, prepared.forward(), cotangent=given)
+
+    def evaluate() -> tuple[Tensor, dict[str, Tensor | None]]:
+        outputs = prepared.forward()
+        comparable = work.comparable(outputs)
+        return comparable, gradients(prepared, outputs, cotangent=given)
+
+    return _Runner(train, evaluate, prepared)
+
+
+def _facts(
+    case: Case,
+    runner: _Runner,
+    truth: tuple[Tensor, dict[str, Tensor | None]] | None,
+    device: torch.device,
+    *,
+    counted: bool,
+) -> rows.Row:
+    found: rows.Row = {"error": None if truth is None else _error(case, runner.evaluate(), truth)}
+    if counted or device.type == "cuda":
+        found["peak_mb"] = measure.peak_bytes(runner.step, device) / MB
+    if counted and case.mode != "host":
+        counts = measure.count(runner.step)
+        found["aten_calls"], found["kernel_launches"] = counts.aten.total(), counts.kernels.total()
+        found["host_syncs"] = counts.syncs.total()
+        if case.mode in ("training", "both"):
+            found["saved_mb"] = measure.saved_bytes(runner.prepared.forward, runner.prepared.parameters()) / MB
+    return found
+
+
+def _error(
+    case: Case,
+    ours: tuple[Tensor, dict[str, Tensor | None]],
+    truth: tuple[Tensor, dict[str, Tensor | None]],
+) -> float:
+    """Of the output, or of the gradients where there are any: the largest, relative to the truth's scale.
+
+    Boxes are in [0, 1] and stay as they are. A gradient's error is that of its norm, over its norm or a thousandth of
+    the largest gradient's: that of a key bias is zero analytically.
+    """
+    if not truth[1]:
+        scale = 1.0 if case.kind in ("decoder", "model") else truth[0].abs().max().item()
+        return ((ours[0] - truth[0]).abs().max() / scale).item()
+    largest = max(g.norm().item() for g in truth[1].values() if g is not None)
+    worst = 0.0
+    for name, exact in truth[1].items():
+        if exact is None:
+            continue
+        found = ours[1][name]
+        difference = exact if found is None else found.double() - exact
+        worst = max(worst, difference.norm().item() / max(exact.norm().item(), 1e-3 * largest))
+    return worst
+
+
+def _fill_rows(
+    case: Case,
+    work: Workload,
+    device: torch.device,
+    facts: dict[str, rows.Row],
+    result: Result,
+) -> None:
+    place = rows.where(device)
+    floor = floor_ms(case.kind, case.mode, case.shape, case.dtype, place["device"], case.size)
+    peer = facts.get(work.baseline, {}).get("error")
+    baseline = result.times.get(work.baseline)
+    ms = 1e3 / HOST_CALLS if case.mode == "host" else 1e3
+    for name, known in facts.items():
+        error = known["error"]
+        good = rows.accurate(error, peer, case.dtype)
+        timed: rows.Row = {}
+        if (times := result.times.get(name)) is not None:
+            p20, p50, p80 = (times.quantile(q) * ms for q in (0.2, 0.5, 0.8))
+            timed = {
+                "p20_ms": p20,
+                "p50_ms": p50,
+                "p80_ms": p80,
+                "wall_p50_ms": measure.quantile(times.wall, 0.5) * ms,
+                "rounds": len(times.wall),
+                "speedup": baseline.quantile(0.5) * ms / p50 if good and baseline is not None else None,
+                "floor_ms": floor,
+                "floor_pct": None if floor is None else 100 * floor / p50,
+            }
+        result.rows.append(
+            {
+                "op": case.kind,
+                "mode": case.mode,
+                "provider": name,
+                "batch": case.shape.batch,
+                "queries": case.shape.queries,
+                "tokens": case.shape.tokens,
+                "padded": case.shape.padded,
+                "dtype": case.dtype,
+                **timed,
+                **known,
+                "peer_error": peer,
+                "accurate": good,
+                **place,
+            }
+        )
+
+
+def cases(device: torch.device, level: str = "default") -> list[Case]:
+    """What is measured: "tiny" is for smoke tests, "default" ends within five minutes, "full" is everything."""
+    if level == "tiny":
+        return _tiny()
+    if level == "full":
+        return _full(device)
+    return _default_cuda() if device.type == "cuda" else _default_cpu()
+
+
+def _shape(tokens: int, batch: int = 1, **more: Any) -> Shape:
+    height, width = FEATURE_MAPS[tokens]
+    return Shape(batch, height=height, width=width, **more)
+
+
+def _tiny() -> list[Case]:
+    small = Shape(batch=2, queries=9, height=5, width=7)
+    padded = Shape(batch=2, queries=9, height=6, width=7, padded=True)
+    return [
+        Case(kind, mode, shape, size=TINY, without=("compile", "compile_max"))
+        for kind, workload in WORKLOADS.items()
+        for mode in workload.modes
+        for shape in ((small,) if kind in ("box_position_embed", "refine_boxes", "model") else (small, padded))
+    ]
+
+
+def _host() -> list[Case]:
+    """Calls so small that the host's work is all there is."""
+    return [
+        Case(kind, "host", Shape(queries=4, height=2, width=4), without=("compile", "compile_max", "flex"))
+        for kind in ("modulated_cross_attention", "box_position_embed", "refine_boxes")
+    ]
+
+
+def _default_cpu() -> list[Case]:
+    image = Shape(height=15, width=20)  # 480 x 640
+    slow = ("compile",)  # a minute of compilation for each decoder
+    return [
+        Case("decoder", "inference", _shape(1050)),
+        Case("decoder", "inference", _shape(4200), without=slow),
+        Case("decoder", "inference", _shape(1050, 2, padded=True), without=slow),
+        Case("decoder", "inference", _shape(1050), "bf16", without=slow),
+        Case("decoder", "training", _shape(1050), without=slow),
+        Case("decoder", "training", _shape(4200), without=slow),
+        Case("model", "inference", image),
+        Case("model", "training", image),
+        Case("modulated_cross_attention", "forward", _shape(1050)),
+        Case("modulated_cross_attention", "forward", _shape(4200), without=slow),
+        Case("modulated_cross_attention", "both", _shape(1050), without=slow),
+        *(
+            Case(kind, mode, _shape(1050))
+            for kind in ("box_position_embed", "refine_boxes")
+            for mode in ("forward", "both")
+        ),
+        *_host(),
+    ]
+
+
+def _default_cuda() -> list[Case]:
+    """Ordered by worth: a run that is cut short has the figures that matter most."""
+    found = [
+        Case("decoder", "inference", _shape(1050), "bf16"),
+        Case("decoder", "inference", _shape(4200), "bf16"),
+        Case("decoder", "training", _shape(1050, 2), "bf16"),
+        Case("decoder", "inference", _shape(1050, 8), "bf16"),
+        Case("modulated_cross_attention", "forward", _shape(1050), "bf16"),
+        Case("modulated_cross_attention", "both", _shape(1050, 2), "bf16"),
+        Case("decoder", "inference", _shape(1050, 32), "bf16", without=("compile_max",)),
+        Case("modulated_cross_attention", "forward", _shape(4200, 8), "bf16"),
+        Case("box_position_embed", "forward", _shape(1050), "bf16"),
+        Case("refine_boxes", "forward", _shape(1050), "bf16"),
+        Case("model", "inference", _shape(1050)),
+        Case("model", "inference", _shape(1050), "bf16"),
+        Case("model", "training", _shape(1050, 2)),
+        Case("decoder", "inference", _shape(1050)),
+        Case("decoder", "training", _shape(1050, 2)),
+        Case("decoder", "inference", _shape(1050), "fp16", without=("compile", "compile_max")),
+        Case("decoder", "inference", _shape(4200, 8), "bf16", without=("compile_max",)),
+        Case("decoder", "inference", _shape(1050, 2, padded=True), "bf16", without=("compile", "compile_max")),
+        Case("decoder", "training", _shape(4200, 2), "bf16", without=("compile_max",)),
+        Case("box_position_embed", "both", _shape(1050, 2), "bf16"),
+        Case("refine_boxes", "both", _shape(1050, 2), "bf16"),
+        Case("decoder", "inference", _shape(4200, 32), "bf16", without=("compile", "compile_max")),
+        *_host(),
+    ]
+    return found
+
+
+def _full(device: torch.device) -> list[Case]:
+    batches = (1, 2, 8, 32) if device.type == "cuda" else (1, 2)
+    shapes = [
+        *(_shape(tokens, batch) for tokens in FEATURE_MAPS for batch in batches),
+        _shape(1050, 2, padded=True),
+        _shape(1050, 1, queries=900),
+    ]
+    return [
+        Case(kind, mode, shape, dtype)
+        for kind, workload in WORKLOADS.items()
+        for mode in workload.modes
+        for shape in shapes
+        for dtype in DTYPES
+    ] + _host()
