@@ -288,21 +288,19 @@ def run(
 
     say("running both models")
     with torch.no_grad():
-        exact = original(pixel_values)
+        exact: Any = original(pixel_values) if half else None
         with precision():
-            decoders = {
-                "original": _DecoderCall.of(original, pixel_values),
-                "accelerated": _DecoderCall.of(accelerated, pixel_values),
-            }
-            theirs = original(pixel_values) if half else exact
-            ours = accelerated(pixel_values)
-            anchors = decoders["accelerated"]().reference_points[0]
+            theirs, original_decoder = _run_and_catch(original, pixel_values)
+            ours, accelerated_decoder = _run_and_catch(accelerated, pixel_values)
+            exact = exact if half else theirs
+            decoders = {"original": original_decoder, "accelerated": accelerated_decoder}
+            anchors = accelerated_decoder().reference_points[0]
             say("counting ATen calls")
             calls = {key: measure.aten_calls(call) for key, call in decoders.items()}
             say("timing the decoders, then the whole models, in turn")
             models = {"original": lambda: original(pixel_values), "accelerated": lambda: accelerated(pixel_values)}
             times = [
-                measure.interleaved_times(decoders, 15, seconds=8, device=device),
+                measure.interleaved_times(decoders, 11, seconds=8, device=device),
                 measure.interleaved_times(models, 5, warmup=0, seconds=15, device=device),
             ]
 
@@ -320,7 +318,7 @@ def run(
     comparison = Comparison(
         image=name,
         size=image.size,
-        tokens=decoders["accelerated"].tokens,
+        tokens=accelerated_decoder.tokens,
         weights=weights,
         device=_describe(device),
         dtype=str(dtype).removeprefix("torch."),
@@ -350,26 +348,27 @@ class _DecoderCall:
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
 
-    @classmethod
-    def of(cls, model: Any, pixel_values: Tensor) -> _DecoderCall:
-        caught: list[_DecoderCall] = []
-
-        def catch(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            caught.append(cls(module, arguments, keywords))
-
-        handle = model.model.decoder.register_forward_pre_hook(catch, with_kwargs=True)
-        try:
-            model(pixel_values)
-        finally:
-            handle.remove()
-        return caught[0]
-
     def __call__(self) -> Any:
         return self.decoder(*self.arguments, **self.keywords)
 
     @property
     def tokens(self) -> int:
         return self.keywords["encoder_hidden_states"].shape[1]
+
+
+def _run_and_catch(model: Any, pixel_values: Tensor) -> tuple[Any, _DecoderCall]:
+    """The model's outputs on the photo, and the call of its decoder that happened inside."""
+    caught: list[_DecoderCall] = []
+
+    def catch(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        caught.append(_DecoderCall(module, arguments, keywords))
+
+    handle = model.model.decoder.register_forward_pre_hook(catch, with_kwargs=True)
+    try:
+        outputs = model(pixel_values)
+    finally:
+        handle.remove()
+    return outputs, caught[0]
 
 
 def _describe(device: torch.device) -> str:

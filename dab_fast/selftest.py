@@ -7,22 +7,20 @@ in half precision, which only rounds a sum that ran in float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dab_fast import ops, reference
-from dab_fast.config import DecoderConfig
+from dab_fast import measure, ops, reference
 from dab_fast.decoder import DabDecoder
 from dab_fast.ops import _backends
 
 ERROR_RATIO = 2.0
 ROUNDINGS = {torch.float32: 4.0, torch.float16: 1.0, torch.bfloat16: 1.0}
-# A gradient smaller than this part of the largest one is rounding: that of a key's bias is zero analytically.
-NEGLIGIBLE = 1e-3
+NEGLIGIBLE, GRADIENT_TOLERANCE = 1e-3, 1e-4  # of the decoder's gradients, as in its parity tests
 
 Call = Callable[..., Tensor | tuple[Tensor, ...]]
 Inputs = dict[str, Tensor]
@@ -116,10 +114,19 @@ class Errors:
     output_allowed: float
     gradient: float
     gradient_allowed: float
+    kernels: int | None = None  # launches of the package's own kernels in a forward; None: plain PyTorch was asked for
 
     @property
     def fine(self) -> bool:
-        return self.output <= self.output_allowed and self.gradient <= self.gradient_allowed  # false for NaN
+        right = self.output <= self.output_allowed and self.gradient <= self.gradient_allowed  # false for NaN
+        return right and self.kernels != 0  # 0: the backend that was asked for did not run
+
+    def __str__(self) -> str:
+        launched = "" if self.kernels is None else f"  kernels {self.kernels}"
+        return (
+            f"output {self.output:.1e} (allowed {self.output_allowed:.1e})  "
+            f"gradients {self.gradient:.1e} (allowed {self.gradient_allowed:.1e}){launched}"
+        )
 
 
 def run(device: torch.device, say: Callable[[str], None]) -> bool:
@@ -131,11 +138,7 @@ def run(device: torch.device, say: Callable[[str], None]) -> bool:
             say(f"skip  {what}  {result}")
             continue
         fine = fine and result.fine
-        say(
-            f"{'ok  ' if result.fine else 'FAIL'}  {what}  "
-            f"output {result.output:.1e} (allowed {result.output_allowed:.1e})  "
-            f"gradients {result.gradient:.1e} (allowed {result.gradient_allowed:.1e})"
-        )
+        say(f"{'ok  ' if result.fine else 'FAIL'}  {what}  {result}")
     say("every result is within its tolerance" if fine else "FAIL: a result is wrong")
     return fine
 
@@ -155,10 +158,19 @@ def verdicts(device: torch.device) -> Iterator[tuple[str, Errors | str]]:
                 what = f"{case.op:26}{case.variant:19}{backend:8}{_short(dtype):9}"
                 try:
                     with _backends.backend(backend):
-                        yield what, compare(case.call, case.specification, case.inputs, case.fixed, device, dtype)
+                        errors = compare(case.call, case.specification, case.inputs, case.fixed, device, dtype)
+                        yield (
+                            what,
+                            errors if backend == "torch" else replace(errors, kernels=_kernels(case, device, dtype)),
+                        )
                 except _backends.BackendUnavailable as error:
                     yield what, str(error)
     yield f"{'decoder':26}{'three layers':19}{'auto':8}{_short(torch.float32):9}", _decoder_errors(device)
+
+
+def _kernels(case: Case, device: torch.device, dtype: torch.dtype) -> int:
+    inputs = {name: x.to(device, x.dtype if x.dtype == torch.bool else dtype) for name, x in case.inputs.items()}
+    return measure.kernel_launches(lambda: case.call(**inputs, **case.fixed))
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -179,10 +191,9 @@ def compare(
     ours = _outputs_and_gradients(call, rounded, fixed, device)
     plain = _outputs_and_gradients(specification, rounded, fixed, device)
     slack = ROUNDINGS[dtype] * torch.finfo(dtype).eps
-    errors = []
-    for mine, theirs, right in zip(ours, plain, exact, strict=True):
-        errors += [_error(mine, right), ERROR_RATIO * _error(theirs, right) + slack]
-    return Errors(*errors)
+    mine, theirs = ([_error(x, right) for x, right in zip(found, exact, strict=True)] for found in (ours, plain))
+    allowed = [ERROR_RATIO * error + slack for error in theirs]
+    return Errors(mine[0], allowed[0], mine[1], allowed[1])
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -193,9 +204,8 @@ def _outputs_and_gradients(
     call: Call, inputs: Inputs, fixed: Mapping[str, Any], device: torch.device
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Every output, and the gradient of every input for one random gradient of the outputs."""
-    leaves = {
-        name: x.to(device) if x.dtype == torch.bool else x.to(device).requires_grad_() for name, x in inputs.items()
-    }
+    leaves = {name: x.detach().to(device) for name, x in inputs.items()}
+    leaves = {name: x if x.dtype == torch.bool else x.requires_grad_() for name, x in leaves.items()}
     result = call(**leaves, **fixed)
     outputs = [result] if isinstance(result, Tensor) else list(result)
     generator = torch.Generator().manual_seed(1)
@@ -206,30 +216,52 @@ def _outputs_and_gradients(
 
 def _error(ours: list[Tensor], exact: list[Tensor]) -> float:
     """The largest difference, each tensor's in units of its largest element; NaN if there is one."""
-    sizes = torch.stack([x.abs().max() for x in exact])
-    differences = torch.stack([(a.double() - b).abs().max() for a, b in zip(ours, exact, strict=True)])
-    return (differences / sizes.clamp(min=NEGLIGIBLE * sizes.max().item())).max().item()
+    return _max_of((a.double() - b).abs().max() / b.abs().max() for a, b in zip(ours, exact, strict=True))
+
+
+def _max_of(errors: Iterable[Tensor]) -> float:
+    """The largest of some scalars; NaN if there is one, which Python's max would lose."""
+    return torch.stack(list(errors)).max().item()
 
 
 def _decoder_errors(device: torch.device) -> Errors:
-    torch_state = torch.random.get_rng_state()
+    """`DabDecoder`, every parameter perturbed: fresh weights would move no box.
+
+    Key biases have a zero gradient analytically, so a gradient is compared as a whole, and a negligible one with the
+    largest: |difference| / max(|g|, 1e-3 * largest |g|).
+    """
+    state = torch.random.get_rng_state()
     torch.manual_seed(0)
-    config = DecoderConfig(d_model=64, nhead=2, num_layers=3, dim_feedforward=128)
-    decoder = DabDecoder(config)
-    inputs = {name: p.detach() + 0.1 * torch.randn_like(p) for name, p in decoder.named_parameters()}
+    decoder = DabDecoder(d_model=64, nhead=2, num_layers=3, dim_feedforward=128).requires_grad_(False)
+    for parameter in decoder.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    params = dict(decoder.named_parameters())
     data = dict(
         content=torch.randn(2, 19, 64),
         memory=torch.randn(2, 45, 64),
         pos=torch.randn(1, 45, 64),
         anchors_unsigmoid=torch.randn(2, 19, 4),
     )
-    torch.random.set_rng_state(torch_state)
+    torch.random.set_rng_state(state)
 
     def fast(**x: Tensor) -> tuple[Tensor, ...]:
-        return torch.func.functional_call(decoder, {k: x[k] for k in inputs}, (), {k: x[k] for k in data})
+        return torch.func.functional_call(decoder, {k: x[k] for k in params}, (), {k: x[k] for k in data})
 
     def specification(**x: Tensor) -> tuple[Tensor, ...]:
-        params = {k: x[k] for k in inputs}
-        return reference.decode(params, config, x["content"], x["memory"], x["pos"], x["anchors_unsigmoid"])
+        weights = {k: x[k] for k in params}
+        return reference.decode(weights, decoder.config, x["content"], x["memory"], x["pos"], x["anchors_unsigmoid"])
 
-    return compare(fast, specification, {k: x.double() for k, x in (inputs | data).items()}, {}, device, torch.float32)
+    inputs = params | data
+    outputs, gradients = _outputs_and_gradients(fast, inputs, {}, device)
+    plain, _ = _outputs_and_gradients(specification, inputs, {}, device)
+    exact, exact_gradients = _outputs_and_gradients(specification, {k: _wide(x) for k, x in inputs.items()}, {}, device)
+    largest = max(g.norm().item() for g in exact_gradients)
+    return Errors(
+        output=_error(outputs, exact),
+        output_allowed=ERROR_RATIO * _error(plain, exact) + ROUNDINGS[torch.float32] * torch.finfo(torch.float32).eps,
+        gradient=_max_of(
+            (ours - right).norm() / right.norm().clamp(min=NEGLIGIBLE * largest)
+            for ours, right in zip(gradients, exact_gradients, strict=True)
+        ),
+        gradient_allowed=GRADIENT_TOLERANCE,
+    )

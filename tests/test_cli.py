@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from dab_fast import cli, demo, selftest
+from dab_fast import DabDecoder, cli, demo, selftest
 from tests.models import huggingface_model
 
 
@@ -34,6 +34,13 @@ def photo(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def small_photos(monkeypatch):
     monkeypatch.setattr(demo, "SHORTER", 160)
+
+
+@pytest.fixture(autouse=True)
+def one_round(monkeypatch):
+    """Times are not what these tests are about."""
+    timed = demo.measure.interleaved_times
+    monkeypatch.setattr(demo.measure, "interleaved_times", lambda fns, rounds, **options: timed(fns, 1, **options))
 
 
 def invoke(*args):
@@ -219,6 +226,26 @@ def test_selftest_can_fail(monkeypatch, op, wrong):
     monkeypatch.setattr(selftest, "cases", lambda: [dataclasses.replace(case, call=broken)])
     result = invoke("selftest", "--device", "cpu")
     assert result.exit_code == 1 and "FAIL" in result.stdout
+
+
+def test_selftest_sees_a_wrong_decoder(monkeypatch):
+    class Wrong(DabDecoder):
+        def forward(self, *args, **kwargs):
+            hidden_states, reference_points = super().forward(*args, **kwargs)
+            return hidden_states * 1.0001, reference_points
+
+    monkeypatch.setattr(selftest, "cases", list)
+    monkeypatch.setattr(selftest, "DabDecoder", Wrong)
+    result = invoke("selftest", "--device", "cpu")
+    assert result.exit_code == 1 and "FAIL  decoder" in result.stdout
+
+
+def test_selftest_sees_a_backend_that_did_not_run(monkeypatch):
+    case = next(case for case in selftest.cases() if case.op == "refine_boxes")
+    monkeypatch.setattr(selftest, "cases", lambda: [dataclasses.replace(case, call=case.specification)])
+    result = invoke("selftest", "--device", "cpu")
+    assert result.exit_code == 1
+    assert any(line.startswith("FAIL") and "triton" in line for line in result.stdout.splitlines())
 
 
 @pytest.mark.sweep
