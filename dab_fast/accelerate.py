@@ -36,7 +36,7 @@ class Report:
     __repr__ = __str__
 
 
-def accelerate(model: nn.Module) -> Report:
+def accelerate(model: nn.Module, *, recompute: bool = False) -> Report:
     """Make the DAB-DETR decoder (and prediction head) inside `model` fast, in place; `restore` undoes it.
 
     Each known module becomes an instance of a subclass with the fast forward: parameters, state_dict keys, other
@@ -46,6 +46,8 @@ def accelerate(model: nn.Module) -> Report:
     Args:
         model: a Hugging Face `DabDetrForObjectDetection`, `DabDetrModel` or `DabDetrDecoder`, a `TransformerDecoder`
             of IDEA-Research/DAB-DETR or DN-DETR, or any module with one inside.
+        recompute: in training keep only the layers' inputs for backward, and compute the layers again there: less
+            memory for more time. Switching on a model's own gradient checkpointing does the same.
 
     Raises:
         TypeError: `model` is no module.
@@ -67,6 +69,8 @@ def accelerate(model: nn.Module) -> Report:
                 replaced[name] = module  # type: ignore[assignment]
             elif reason := adapter.why_not(module):
                 not_replaced[name] = reason
+    for module in replaced.values():
+        module.dab_fast_recompute = recompute
     if not replaced:
         found = "; ".join(f"{name or '(model)'}: {reason}" for name, reason in not_replaced.items())
         raise ValueError(
@@ -83,4 +87,5 @@ def restore(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Fast):
             module.__dict__.pop("_dab_fast_reasons", None)
+            module.__dict__.pop("dab_fast_recompute", None)
             module.__class__ = type(module).dab_fast_original  # type: ignore[assignment]

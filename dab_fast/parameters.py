@@ -34,7 +34,7 @@ def gather(root: nn.Module, containers: Callable[[nn.Module], bool], rename: Ren
     Args:
         root: the decoder; its own type and hooks are the caller's business.
         containers: says whether a module that holds parameters only in its children is one whose forward we know.
-        rename: canonical name of a dotted module name; None leaves the subtree out.
+        rename: canonical name of a dotted module name; None, of a child of `root`, leaves it out.
 
     Raises:
         StepAside: a module is not of an exact known type, or is hooked, patched, offloaded or sharded.
@@ -42,21 +42,28 @@ def gather(root: nn.Module, containers: Callable[[nn.Module], bool], rename: Ren
     if nn_module._has_any_global_hook():
         raise StepAside("a global module hook is registered")
     params: dict[str, Tensor] = {}
-    todo = [(name, child) for name, child in root._modules.items() if child is not None]
+    todo = [(name, child) for name, child in root._modules.items() if child is not None and rename(name) is not None]
+    # This runs at every call, so it reads the modules' own dictionaries.
     while todo:
         name, module = todo.pop()
-        canonical = rename(name)
-        if canonical is None:
-            continue
         kind = type(module)
-        if kind not in PARAMETERS and kind not in PARAMETERLESS and not containers(module):
+        keys = PARAMETERS.get(kind)
+        if keys is None and kind not in PARAMETERLESS and not containers(module):
             raise StepAside(f"{name} is a {kind.__module__}.{kind.__qualname__}")
         check_unhooked(name, module)
-        for key in PARAMETERS.get(kind, ()):
-            params[f"{canonical}.{key}"] = _plain(f"{name}.{key}", getattr(module, key))
+        if keys is None:
+            todo += [(f"{name}.{key}", child) for key, child in module._modules.items() if child is not None]
+            continue
+        canonical = rename(name)
+        for key in keys:
+            x = module._parameters.get(key)
+            if x is None:
+                x = getattr(module, key)  # a replica's or a shard's plain tensor
+            if type(x) not in _PLAIN or x.is_meta:
+                _refuse(f"{name}.{key}", x)
+            params[f"{canonical}.{key}"] = x
         if kind is nn.LayerNorm and module.eps != LAYER_NORM_EPS:
             raise StepAside(f"{name} has eps {module.eps}, not {LAYER_NORM_EPS}")
-        todo.extend((f"{name}.{key}", child) for key, child in module._modules.items() if child is not None)
     return params
 
 
@@ -72,11 +79,14 @@ def check_unhooked(name: str, module: nn.Module) -> None:
         raise StepAside(f"{name} has a hook or a patched forward")
 
 
-def _plain(name: str, x: Tensor | None) -> Tensor:
+_PLAIN = (nn.Parameter, Tensor)
+
+
+def _refuse(name: str, x: Tensor | None) -> None:
+    """Raise StepAside, unless x is only a tracer's stand-in for a plain tensor."""
     if x is None:
         raise StepAside(f"{name} is absent")
-    if type(x) is not nn.Parameter and type(x) is not Tensor and not torch.compiler.is_compiling():
-        raise StepAside(f"{name} is a {type(x).__module__}.{type(x).__qualname__}")
     if x.is_meta:
         raise StepAside(f"{name} is on the meta device")
-    return x
+    if not torch.compiler.is_compiling():
+        raise StepAside(f"{name} is a {type(x).__module__}.{type(x).__qualname__}")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dab_fast import DabDecoder, DecoderConfig, reference
 from dab_fast.decode import decode, predict_boxes
+from dab_fast.measure import saved_bytes
 from tests.models import assert_same_gradients, perturb_
 
 VARIANTS = {
@@ -144,6 +145,23 @@ def test_gradient_cut_of_the_shared_box_mlp():
     spec = reference.decode(params, model.config, *inputs).reference_points
     theirs = torch.autograd.grad(spec.sum(), params["bbox_embed.layers.2.bias"])[0]
     torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("variant", ["default", "points", "fix_elewise", "box_mlp_per_layer"])
+def test_recompute(variant):
+    """The same numbers from the layers' inputs alone, dropout's included."""
+    model = decoder(**VARIANTS[variant], dropout=0.2, activation_dropout=0.1, attention_dropout=0.1).train()
+    grads, kept = [], []
+    for model.recompute in (False, True):
+        torch.manual_seed(3)
+        kept.append(saved_bytes(lambda: model(*arguments(model.config, s=200)), model.parameters()))
+        torch.manual_seed(3)
+        out = model(*arguments(model.config, s=200))
+        model.zero_grad()
+        (out.hidden_states.sin().sum() + out.reference_points.sum()).backward()
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    assert_same_gradients(*grads)
+    assert kept[1] < 0.5 * kept[0]
 
 
 def test_learned_anchors_stay_attached_in_the_first_layer():

@@ -230,20 +230,37 @@ def test_changed_modules_step_aside(change):
     assert list(report.stepped_aside) == ["model.decoder"]
 
 
-def test_gradient_checkpointing():
-    """transformers 5.23 offers no switch for DAB-DETR, but its layers know how."""
-    model = huggingface_model().train()
+@pytest.mark.parametrize("switch", ["gradient_checkpointing", "recompute"])
+def test_recompute(switch):
+    """transformers 5.23 offers no switch for DAB-DETR's checkpointing, but its layers know how."""
+    model = huggingface_model(dropout=0.3).train()
     fast = accelerated_copy(model)
-    for m in (model, fast):
-        for layer in m.model.decoder.layers:
+    inputs = images() | {"labels": labels()}
+
+    def run() -> tuple[dict, int]:
+        kept = {}
+        with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(lambda x: _keep(kept, x), lambda x: x):
+            loss = fast(**inputs).loss
+        fast.zero_grad()
+        loss.backward()
+        return {name: p.grad for name, p in fast.named_parameters()}, sum(kept.values())
+
+    plain, plain_bytes = run()
+    if switch == "recompute":
+        dab_fast.accelerate(fast, recompute=True)
+    else:
+        for layer in fast.model.decoder.layers:
             layer.gradient_checkpointing = True
             layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
-        m(**images(), labels=labels()).loss.backward()
-    assert_same_gradients(
-        {name: p.grad for name, p in fast.named_parameters()},
-        {name: p.grad for name, p in model.named_parameters()},
-    )
-    assert "gradient checkpointing" in fast.model.decoder.dab_fast_reasons
+    recomputed, recomputed_bytes = run()
+    assert_same_gradients(recomputed, plain)
+    assert recomputed_bytes < 0.8 * plain_bytes
+    assert not fast.model.decoder.dab_fast_reasons
+
+
+def _keep(kept: dict[int, int], x: torch.Tensor) -> torch.Tensor:
+    kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+    return x
 
 
 @pytest.mark.parametrize("rate", ["dropout", "attention_dropout", "activation_dropout"])

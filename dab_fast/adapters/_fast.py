@@ -18,6 +18,7 @@ class Fast(nn.Module):
     """Mixed into a subclass of the original class; an accelerated instance has that subclass as its `__class__`."""
 
     dab_fast_original: ClassVar[type[nn.Module]]
+    dab_fast_recompute = False  # keep only the layers' inputs for backward
 
     def dab_fast_step_aside(self, reason: StepAside) -> None:
         """Note that a call takes the original forward: one log line per reason, a count for the report."""

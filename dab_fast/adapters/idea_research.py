@@ -127,6 +127,7 @@ def run(
         tgt_key_padding_mask=tgt_key_padding_mask,
         memory_key_padding_mask=memory_key_padding_mask,
         training=decoder.training,
+        recompute=getattr(decoder, "dab_fast_recompute", False),
     )
     return list(output)
 

@@ -76,6 +76,8 @@ class DabDetrDecoder(Fast, original.DabDetrDecoder):
                 memory_key_padding_mask=None if mask is None else mask == 0,
                 spatial_shape=spatial_shape,
                 training=self.training,
+                recompute=self.dab_fast_recompute
+                or (self.training and any(layer.gradient_checkpointing for layer in self.layers)),
             )
         except StepAside as reason:
             self.dab_fast_step_aside(reason)
@@ -106,8 +108,6 @@ class DabDetrDecoder(Fast, original.DabDetrDecoder):
         first: Any = self.layers[0]
         rates = (0.0, 0.0, 0.0)
         if self.training:
-            if any(layer.gradient_checkpointing for layer in self.layers):
-                raise StepAside("gradient checkpointing")
             every = {_dropout_rates(layer) for layer in self.layers}
             if len(every) > 1:
                 raise StepAside(f"the layers' dropout rates differ: {sorted(every)}")
