@@ -1,0 +1,46 @@
+"""The whole decoder on the Triton kernels, in the interpreter, against Hugging Face: outputs and every gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from dab_fast import measure, ops
+from tests.models import accelerated_copy, assert_same_gradients, huggingface_model, images, labels
+
+# As in test_huggingface.py: float32 sums in another order.
+HIDDEN_TOLERANCE = 2e-5
+BOX_TOLERANCE = 5e-6
+# 25 x 42 memory tokens after the tiny backbone's stride of 32.
+FULL_SIZE = {"std": 0.03, "hidden_size": 256, "decoder_attention_heads": 8, "num_queries": 300, "decoder_layers": 6}
+
+
+@pytest.mark.parametrize(
+    "config, size, padded",
+    [
+        ({"num_queries": 7}, (64, 96), False),
+        ({"num_queries": 5, "num_patterns": 2, "keep_query_pos": True}, (96, 64), True),
+        pytest.param(FULL_SIZE, (800, 1344), True, marks=pytest.mark.sweep),
+    ],
+    ids=["small", "padded_patterns", "full_size"],
+)
+def test_outputs_and_gradients(config, size, padded):
+    model = huggingface_model(**config).train()
+    fast = accelerated_copy(model)
+    inputs = images(2, *size, padded=padded) | {"labels": labels()}
+    with ops.backend("triton"):
+        counts = measure.count(lambda: fast.model(**inputs))
+        ours = fast(**inputs)
+        ours.loss.backward()
+    theirs = model(**inputs)
+    theirs.loss.backward()
+    layers = model.config.decoder_layers
+    assert counts.kernels.total() >= 3 * layers, "the kernels must have run, or the test shows nothing"
+    torch.testing.assert_close(ours.last_hidden_state, theirs.last_hidden_state, rtol=0, atol=HIDDEN_TOLERANCE)
+    torch.testing.assert_close(ours.pred_boxes, theirs.pred_boxes, rtol=0, atol=BOX_TOLERANCE)
+    assert_same_gradients(
+        {name: p.grad for name, p in fast.named_parameters()},
+        {name: p.grad for name, p in model.named_parameters()},
+    )
