@@ -35,6 +35,7 @@ ALLOWED_LOGIT = 1e-3
 # twice as much, the rule of every op's tests.
 ALLOWED_RATIO = 2.0
 BUSY = 1.5  # times that vary by more than this factor between rounds say little
+LEAST_ROUNDS = 3
 LEAST_MOVE_PX = 1.0  # the median box must move this far, or equal boxes say nothing about the decoder
 
 Say = Callable[[str], None]
@@ -74,9 +75,15 @@ class Comparison:
     median_box_move_px: float  # from the learned anchors to the predicted boxes
     decoder_ms: Pair
     model_ms: Pair
+    rounds: int  # timed, of the fewest of the four
     times_vary: float  # the slowest round over the fastest, of the worst of the four
     aten_calls: Pair  # of the decoder
     stepped_aside: dict[str, dict[str, int]]  # module to reason to number of calls
+
+    @property
+    def busy(self) -> bool:
+        """Whether the machine had other work, so that the times say little."""
+        return self.rounds < LEAST_ROUNDS or self.times_vary > BUSY
 
     @property
     def failures(self) -> list[str]:
@@ -312,7 +319,7 @@ def run(
     def logit_difference(a: Any, b: Any) -> float:
         return (a.logits.float() - b.logits.float()).abs().max().item()
 
-    vary = max(max(t.best) / min(t.best) for both in times for t in both.values())
+    rounds = [t.best for both in times for t in both.values()]
     milliseconds = [Pair(*(1e3 * t[key].quantile(0.5) for key in ("original", "accelerated"))) for t in times]
     move = ((ours.pred_boxes - anchors).abs() * pixels)[..., :2].norm(dim=-1).median().item()
     comparison = Comparison(
@@ -332,7 +339,8 @@ def run(
         median_box_move_px=move,
         decoder_ms=milliseconds[0],
         model_ms=milliseconds[1],
-        times_vary=vary,
+        rounds=min(len(times) for times in rounds),
+        times_vary=max(max(times) / min(times) for times in rounds),
         aten_calls=Pair(calls["original"], calls["accelerated"]),
         stepped_aside=report.stepped_aside,
     )

@@ -248,6 +248,27 @@ def test_selftest_sees_a_backend_that_did_not_run(monkeypatch):
     assert any(line.startswith("FAIL") and "triton" in line for line in result.stdout.splitlines())
 
 
+def test_times_of_a_busy_machine_are_marked(comparison):
+    calm = dataclasses.replace(comparison, rounds=3, times_vary=1.4)
+    assert not calm.busy
+    assert dataclasses.replace(calm, rounds=2).busy and dataclasses.replace(calm, times_vary=1.6).busy
+
+
+def test_bench_passes_its_options_on(monkeypatch, tmp_path):
+    import dab_fast.bench
+
+    def recorded(*args):
+        args[-1](repr(args[:-1]))
+        return 1
+
+    monkeypatch.setattr(dab_fast.bench, "bench", recorded)
+    result = invoke("bench", "--only", "op", "--device", "cpu", "--seconds", "2", "--csv", tmp_path / "rows.csv")
+    assert result.exit_code == 1
+    assert f"(False, 'op', 'cpu', {tmp_path / 'rows.csv'!r}, 2.0)" in result.stdout
+    bad = invoke("bench", "--csv", "nowhere/rows.csv", "--device", "cpu")
+    assert bad.exit_code == 2 and "--csv must lie in" in bad.stderr
+
+
 @pytest.mark.sweep
 @pytest.mark.parametrize("wreck, code", [(False, 0), (True, 1)])
 def test_full_size(wreck, code, tmp_path):

@@ -73,7 +73,7 @@ def test_the_command_exists():
     """The entry point that an installation makes."""
     module, _, function = PYPROJECT["project"]["scripts"]["dab-fast"].partition(":")
     out = run_python(f"import sys; sys.argv = ['dab-fast', '--help']; from {module} import {function}; {function}()")
-    assert all(command in out for command in ("demo", "selftest"))
+    assert all(command in out for command in ("demo", "selftest", "bench"))
 
 
 def test_without_the_extras_the_command_says_what_to_install():
