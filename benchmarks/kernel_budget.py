@@ -2,8 +2,8 @@
 
     python -m benchmarks.kernel_budget [--arch 80,90,100] [--default] [--match TEXT] [--json] [--jobs 2]
 
-Exit code 1 when a kernel breaks its budget: registers spill; dots meant for tensor cores are not on them; less than
-three quarters of the bytes of its global loads come in 16-byte instructions; more shared memory than the chip has.
+Exit code 1 when a kernel breaks its budget: registers spill; dots meant for tensor cores are not on them; less of
+the bytes of its global loads come in 16-byte instructions than the case asks for; more shared memory than the chip has.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def measure(arch: int, name: str) -> Budget:
         broken.append(f"{spills} instructions spill registers")
     if case.tensor_cores and not tensor_cores:
         broken.append("no tensor-core instruction")
-    if share < 0.75:
+    if share < case.wide_loads:
         broken.append(f"only {share:.0%} of the loaded bytes in 16-byte loads")
     if shared > chip.smem_per_block_max:
         broken.append(f"{shared} bytes of shared memory, the chip has {chip.smem_per_block_max}")

@@ -22,6 +22,7 @@ class CompileCase:
     options: Mapping[str, Any]  # the constexpr arguments and num_warps, as the launch passes them
     tensor_cores: bool  # its dots must be tensor-core instructions
     default: bool = False  # compiled in `make test`, the others in `make sweep`
+    wide_loads: float = 0.75  # at least, of the loaded bytes in 16-byte loads; rows with numbers of their own have less
 
     def signature(self) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], list]]:
         """Types, constants and alignments as `triton.compiler.ASTSource` takes them."""

@@ -15,6 +15,7 @@ summed per program, then over programs: no atomics, the same bits in every run.
 from __future__ import annotations
 
 import math
+from itertools import product
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dab_fast.kernels._cases import CompileCase
 from dab_fast.kernels._common import INTERPRET
 from dab_fast.kernels._launch import on_device_of, rows_of
 from dab_fast.kernels._math import exp, sigmoid, sin_cos_turns
@@ -56,7 +58,7 @@ def _saturate(x, dtype: tl.constexpr):
         return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "s_boxes", "s_logits"])
 def forward_kernel(
     p_boxes,  # [rows, COORDS]
     p_scale,  # [rows, 2 * NUM_FEATS], [rows, 1] or [2 * NUM_FEATS], as SCALE says
@@ -102,7 +104,7 @@ def forward_kernel(
         tl.store(p_query + o_row[:, None] * (2 * NUM_FEATS) + o_f[None, :], b_g, mask=m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "s_boxes", "s_logits"])
 def backward_kernel(
     p_d_sine,  # [rows, COORDS * NUM_FEATS]
     p_d_query,  # [rows, 2 * NUM_FEATS]
@@ -141,7 +143,7 @@ def backward_kernel(
     b_d_w = tl.zeros([ROWS], tl.float32)
     b_d_h = tl.zeros([ROWS], tl.float32)
     for slot in tl.static_range(COORDS if NEED_BOXES and (SINE or COORDS == 2) else 2):
-        col: tl.constexpr = 1 - slot if SWAP and slot < 2 else slot
+        col = 1 - slot if SWAP and slot < 2 else slot
         o_f = slot * NUM_FEATS + tl.arange(0, FEATS)
         b_c = tl.load(p_boxes + o_row * s_boxes + col, mask=m_row, other=0.0).to(tl.float32)
         b_omega, b_sin, b_cos = _sine_cosine(b_c, DECAY, FEATS // 2)
@@ -176,7 +178,7 @@ def backward_kernel(
                 b_d_m = tl.sum(b_d_qg, 1)
                 if NEED_LOGITS:
                     tl.store(p_d_logits + o_row * 2 + col, b_d_m * b_m * (1.0 - b_r), mask=m_row)
-                if col == 0:
+                if (slot == 1) == SWAP:  # x
                     b_d_w = -b_d_m * b_m / b_size
                 else:
                     b_d_h = -b_d_m * b_m / b_size
@@ -216,6 +218,8 @@ def _options(rows: int, num_feats: int, temperature: float, order: str) -> dict[
         "SWAP": order == "yxwh",
         "ROWS": max(1, tile // feats),
         "FEATS": feats,
+        "num_warps": 4,
+        "enable_fp_fusion": True,
     }
 
 
@@ -322,3 +326,42 @@ def backward(
     if scale is not None and d_scale is not None and kind == "feature":
         d_scale = d_scale.sum(0).to(scale.dtype)
     return [x for x in (d_boxes, d_scale, d_logits) if x is not None]
+
+
+def compile_cases() -> list[CompileCase]:
+    """The decoder's call, first layer and others, few rows and many; the embedding alone."""
+    cases = []
+    for rows, element, scale in product((300, 9600), ("fp32", "bf16"), ("element", "row", "feature", "none", "alone")):
+        query = scale != "alone"
+        given = query and scale != "none"
+        pointers = {
+            **dict.fromkeys(("p_boxes", "p_d_boxes"), "fp32"),
+            **dict.fromkeys(("p_sine", "p_d_sine"), element),
+            **dict.fromkeys(("p_query", "p_d_query", "p_logits", "p_d_logits"), element if query else None),
+            "p_scale": element if given else None,
+            "p_d_scale": (element if scale != "feature" else "fp32") if given else None,
+        }
+        options = {
+            **_options(rows, 128, 10000.0, "yxwh"),
+            "COORDS": 4,
+            "QUERY": query,
+            "SCALE": scale if given else "none",
+            "MODULATE": query,
+        }
+        needs = {"SINE": True, "NEED_BOXES": True, "NEED_SCALE": given, "NEED_LOGITS": query}
+        name = f"{scale} {element} {'few' if rows == 300 else 'many'}"
+        for kernel, more in ((forward_kernel, {}), (backward_kernel, needs)):
+            cases.append(
+                CompileCase(
+                    name=f"box_position_embed {'backward' if more else 'forward'} {name}",
+                    kernel=kernel,
+                    pointers=pointers,
+                    floats=(),
+                    options={**options, **more},
+                    tensor_cores=False,
+                    default=scale == "element",
+                    # The forward reads a row's few numbers and writes; a small call has no 16 bytes per thread.
+                    wide_loads=0.7 if more and rows > 300 else 0.0,
+                )
+            )
+    return cases

@@ -16,6 +16,7 @@ programs. All of it in fp32 (`tf32x3` on tensor cores) whatever the dtype of x a
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dab_fast.kernels._cases import CompileCase
 from dab_fast.kernels._common import INTERPRET
 from dab_fast.kernels._launch import on_device_of, rows_of
 from dab_fast.kernels._math import sigmoid
@@ -44,7 +46,7 @@ def _inverse_sigmoid_slope(x, EPS: tl.constexpr):
     return tl.where((x >= 0.0) & (x <= 1.0), up + down, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "s_boxes"])
 def forward_kernel(
     p_hidden,  # [layers * rows, D]
     p_boxes,  # [layers * rows, COORDS]
@@ -117,25 +119,7 @@ def forward_kernel(
         tl.store(p_refined + o_row * 4 + j, sigmoid(b_y), mask=m_m)
 
 
-@triton.jit
-def _delta(p_d_refined, p_refined, o_row, m_row, s_d_refined, j):
-    """Column j of the gradient before the sigmoid."""
-    b_y = tl.load(p_refined + o_row * 4 + j, mask=m_row, other=0.0)
-    return tl.load(p_d_refined + o_row * s_d_refined + j, mask=m_row, other=0.0).to(tl.float32) * b_y * (1.0 - b_y)
-
-
-@triton.jit
-def _d_h2(p_h2, p_w3, o_row, m_row, o_k, m_k, b_0, b_1, b_2, b_3, D: tl.constexpr):
-    """A slice of h2 and of its gradient: four multiply-adds with W3 per element are no work for a dot."""
-    b_h2 = tl.load(p_h2 + o_row[:, None] * D + o_k[None, :], mask=m_row[:, None] & m_k[None, :], other=0.0)
-    b_d = b_0[:, None] * tl.load(p_w3 + o_k, mask=m_k, other=0.0).to(tl.float32)[None, :]
-    b_d += b_1[:, None] * tl.load(p_w3 + D + o_k, mask=m_k, other=0.0).to(tl.float32)[None, :]
-    b_d += b_2[:, None] * tl.load(p_w3 + 2 * D + o_k, mask=m_k, other=0.0).to(tl.float32)[None, :]
-    b_d += b_3[:, None] * tl.load(p_w3 + 3 * D + o_k, mask=m_k, other=0.0).to(tl.float32)[None, :]
-    return b_h2, tl.where(b_h2 > 0.0, b_d, 0.0)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "s_boxes", "s_d_refined"])
 def backward_kernel(
     p_d_refined,  # [layers * rows, 4]
     p_refined,  # [layers * rows, 4]
@@ -175,32 +159,35 @@ def backward_kernel(
         p_w1 += layer * D * D
         p_w2 += layer * D * D
         p_w3 += layer * 4 * D
-    b_0 = _delta(p_d_refined, p_refined, o_row, m_m, s_d_refined, 0)
-    b_1 = _delta(p_d_refined, p_refined, o_row, m_m, s_d_refined, 1)
-    b_2 = _delta(p_d_refined, p_refined, o_row, m_m, s_d_refined, 2)
-    b_3 = _delta(p_d_refined, p_refined, o_row, m_m, s_d_refined, 3)
+    # The 4 outputs in a tile of 16 columns, the narrowest that a dot takes.
+    o_j = tl.arange(0, 16)
+    m_j = o_j < 4
+    m_mj = m_m[:, None] & m_j[None, :]
+    b_y = tl.load(p_refined + o_row[:, None] * 4 + o_j[None, :], mask=m_mj, other=0.0)
+    b_delta = tl.load(p_d_refined + o_row[:, None] * s_d_refined + o_j[None, :], mask=m_mj, other=0.0).to(tl.float32)
+    b_delta *= b_y * (1.0 - b_y)
     if NEED_BOXES:
-        for j in tl.static_range(COORDS):
-            b_box = tl.load(p_boxes + o_row * s_boxes + j, mask=m_m, other=0.5).to(tl.float32)
-            b_slope = _inverse_sigmoid_slope(b_box, EPS)
-            b_j = _delta(p_d_refined, p_refined, o_row, m_m, s_d_refined, j)
-            tl.store(p_d_boxes + o_row * COORDS + j, b_j * b_slope, mask=m_m)
+        m_box = m_m[:, None] & (o_j < COORDS)[None, :]
+        b_box = tl.load(p_boxes + o_row[:, None] * s_boxes + o_j[None, :], mask=m_box, other=0.5).to(tl.float32)
+        b_d_box = b_delta * _inverse_sigmoid_slope(b_box, EPS)
+        tl.store(p_d_boxes + o_row[:, None] * COORDS + o_j[None, :], b_d_box, mask=m_box)
     if NEED_WEIGHTS:
+        tl.store(p_sums + 6 * D + o_j, tl.sum(b_delta, 0), mask=m_j)
+    if NEED_WEIGHTS or NEED_HIDDEN:
         for k in range(0, D, BLOCK_K):
             o_k = k + tl.arange(0, BLOCK_K)
             m_k = o_k < D
-            b_h2, b_d = _d_h2(p_h2, p_w3, o_row, m_m, o_k, m_k, b_0, b_1, b_2, b_3, D)
-            tl.store(p_d_h2 + o_row[:, None] * D + o_k[None, :], b_d, mask=m_m[:, None] & m_k[None, :])
-            tl.store(p_sums + o_k, tl.sum(b_h2 * b_0[:, None], 0), mask=m_k)
-            tl.store(p_sums + D + o_k, tl.sum(b_h2 * b_1[:, None], 0), mask=m_k)
-            tl.store(p_sums + 2 * D + o_k, tl.sum(b_h2 * b_2[:, None], 0), mask=m_k)
-            tl.store(p_sums + 3 * D + o_k, tl.sum(b_h2 * b_3[:, None], 0), mask=m_k)
-            tl.store(p_sums + 5 * D + o_k, tl.sum(b_d, 0), mask=m_k)
-        tl.store(p_sums + 6 * D, tl.sum(b_0, 0))
-        tl.store(p_sums + 6 * D + 1, tl.sum(b_1, 0))
-        tl.store(p_sums + 6 * D + 2, tl.sum(b_2, 0))
-        tl.store(p_sums + 6 * D + 3, tl.sum(b_3, 0))
-    if NEED_WEIGHTS or NEED_HIDDEN:
+            m_mk = m_m[:, None] & m_k[None, :]
+            m_jk = m_j[:, None] & m_k[None, :]
+            b_h2 = tl.load(p_h2 + o_row[:, None] * D + o_k[None, :], mask=m_mk, other=0.0)
+            b_w = tl.load(p_w3 + o_j[:, None] * D + o_k[None, :], mask=m_jk, other=0.0).to(tl.float32)
+            b_d_h2 = tl.where(b_h2 > 0.0, tl.dot(b_delta, b_w, input_precision="tf32x3"), 0.0)
+            tl.store(p_d_h2 + o_row[:, None] * D + o_k[None, :], b_d_h2, mask=m_mk)
+            if NEED_WEIGHTS:
+                b_d_w = tl.dot(tl.trans(b_delta), b_h2, input_precision="tf32x3")
+                tl.store(p_sums + o_j[:, None] * D + o_k[None, :], b_d_w, mask=m_jk)
+                tl.store(p_sums + 5 * D + o_k, tl.sum(b_d_h2, 0), mask=m_k)
+        tl.debug_barrier()  # other threads of this program wrote what is read now
         o_d = tl.arange(0, BLOCK_D)
         m_d = o_d < D
         b_d_hidden = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -215,7 +202,8 @@ def backward_kernel(
             for k in range(0, D, BLOCK_K):
                 o_k = k + tl.arange(0, BLOCK_K)
                 m_k = o_k < D
-                b_h2, b_d = _d_h2(p_h2, p_w3, o_row, m_m, o_k, m_k, b_0, b_1, b_2, b_3, D)
+                p_d = p_d_h2 + o_row[:, None] * D + o_k[None, :]
+                b_d = tl.load(p_d, mask=m_m[:, None] & m_k[None, :], other=0.0)
                 p_w = p_w2 + o_k[:, None] * D + o_n[None, :]
                 b_w = tl.load(p_w, mask=m_k[:, None] & m_n[None, :], other=0.0).to(tl.float32)
                 b_d_h1 = tl.dot(b_d, b_w, b_d_h1, input_precision="tf32x3")
@@ -231,21 +219,30 @@ def backward_kernel(
             tl.store(p_x, b_d_hidden, mask=m_m[:, None] & m_d[None, :])
 
 
-def _options(rows: int, d: int, coords: int, layered: bool, backward: bool) -> dict[str, Any]:
-    """Tiles that spill no register on sm_80 and newer; short ones while there are fewer tiles than multiprocessors.
+def _options(rows: int, d: int, coords: int, eps: float, layered: bool, wide: bool, backward: bool) -> dict[str, Any]:
+    """Tiles that spill no register on sm_80, sm_90 and sm_100 (`python -m benchmarks.kernel_budget`).
 
-    The interpreter takes its time per program and loop, whatever their size.
+    Short ones while there are fewer tiles than multiprocessors; then, where the weights are as `wide` as float32, 64
+    rows in the forward, the height of a Hopper tensor-core instruction. The interpreter takes its time per program
+    and loop, whatever their size.
     """
+    width = max(16, triton.next_power_of_2(d))
+    few = rows <= 2048
+    warps = 4 if width <= 128 else 8
     if INTERPRET:
         m, n, k = 128, 64, 128
-    elif d > 256:
-        m, n, k = 16, 32, 32
-    elif rows <= 2048:
+    elif width <= 128:
+        m, n, k = 16 if few else 32, 32, 32
+    elif width == 512:
+        m, n, k = 16, 16, 64
+    elif few:
         m, n, k = 16, 32, 64
+    elif backward:
+        m, n, k = 32, 32, 32
     else:
-        m, n, k = 32 if backward else 64, 32, 32
-    width = max(16, triton.next_power_of_2(d))
+        m, n, k = (64, 32, 32) if wide else (32, 32, 64)
     return {
+        "EPS": eps,
         "D": d,
         "COORDS": coords,
         "LAYERED": layered,
@@ -253,8 +250,8 @@ def _options(rows: int, d: int, coords: int, layered: bool, backward: bool) -> d
         "BLOCK_N": min(n, width),
         "BLOCK_K": min(k, width),
         "BLOCK_D": width,
-        "num_warps": 8,
-        "num_stages": 2,
+        "num_warps": warps,
+        "enable_fp_fusion": True,
     }
 
 
@@ -279,8 +276,8 @@ def forward(
     rows = refined.numel() // (4 * layers) if layers else 0
     if rows == 0:
         return results
-    options = _options(rows, d, boxes.shape[-1], w1.dim() == 3, False)
-    half = hidden.element_size() == 2 and w1.element_size() == 2  # tf32 holds their products' factors exactly
+    options = _options(rows * layers, d, boxes.shape[-1], eps, w1.dim() == 3, w1.element_size() == 4, False)
+    half = hidden.element_size() == 2 and w1.element_size() == 2  # tf32 holds such factors exactly
     hidden, s_hidden = rows_of(hidden)
     boxes, s_boxes = rows_of(boxes)
     with on_device_of(hidden):
@@ -293,7 +290,6 @@ def forward(
             rows,
             s_hidden,
             s_boxes,
-            EPS=eps,
             KEEP=keep,
             FIRST="tf32" if half else "tf32x3",
             **options,
@@ -320,15 +316,16 @@ def backward(
     d = hidden.shape[-1]
     layers = w1.shape[0] if w1.dim() == 3 else 1
     rows = refined.numel() // (4 * layers) if layers else 0
-    options = _options(rows, d, boxes.shape[-1], w1.dim() == 3, True)
+    options = _options(rows * layers, d, boxes.shape[-1], eps, w1.dim() == 3, w1.element_size() == 4, True)
     programs = triton.cdiv(rows, options["BLOCK_M"])
     d_hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if need_hidden else None
     d_boxes = torch.empty(boxes.shape, dtype=boxes.dtype, device=hidden.device) if need_boxes else None
     results = [x for x in (d_hidden, d_boxes) if x is not None]
-    d_h1 = d_h2 = sums = None
+    lead = w1.shape[:-2]
+    d_h1 = sums = None
+    d_h2 = torch.empty((*lead, rows, d), dtype=torch.float32, device=hidden.device)
     if need_weights:
-        lead = w1.shape[:-2]
-        d_h1, d_h2 = torch.empty((2, *lead, rows, d), dtype=torch.float32, device=hidden.device)
+        d_h1 = torch.empty_like(d_h2)
         sums = torch.empty((*lead, programs, 6 * d + 4), dtype=torch.float32, device=hidden.device)
     if rows:
         d_refined, s_d_refined = rows_of(d_refined)
@@ -351,13 +348,12 @@ def backward(
                 rows,
                 s_d_refined,
                 s_boxes,
-                EPS=eps,
                 NEED_HIDDEN=need_hidden,
                 NEED_BOXES=need_boxes,
                 NEED_WEIGHTS=need_weights,
                 **options,
             )
-    if d_h1 is not None and d_h2 is not None and sums is not None:
+    if d_h1 is not None and sums is not None:
         with autocast_off(hidden):
             results += [
                 (d_h1.mT @ hidden.reshape(d_h1.shape).float()).to(w1.dtype),
@@ -365,3 +361,45 @@ def backward(
                 sums.sum(-2),
             ]
     return results
+
+
+def compile_cases() -> list[CompileCase]:
+    """Few rows and many, with the activations kept and not, of each width that has tiles of its own."""
+    cases = []
+    for d, element, rows in product((128, 256, 512), ("fp32", "bf16"), (300, 9600)):
+        name = f"{d} {element} {'few' if rows == 300 else 'many'}"
+        kept = {"p_h1": "fp32", "p_h2": "fp32"}
+        weights = dict.fromkeys(("p_hidden", "p_w1", "p_b1", "p_w2", "p_b2", "p_w3", "p_b3", "p_d_hidden"), element)
+        boxes = dict.fromkeys(("p_boxes", "p_refined", "p_d_refined", "p_d_boxes"), "fp32")
+        sums = dict.fromkeys(("p_d_h1", "p_d_h2", "p_sums"), "fp32")
+        options = [_options(rows, d, 4, 1e-3, False, element == "fp32", backward) for backward in (False, True)]
+        first = {"FIRST": "tf32x3" if element == "fp32" else "tf32"}
+        needs = {"NEED_HIDDEN": True, "NEED_BOXES": True, "NEED_WEIGHTS": True}
+        usual = d == 256 and element == "fp32"
+        wide_loads = 0.6 if element == "fp32" else 0.2  # a slice of 16 rows has 8 bytes of bf16 per thread
+        cases += [
+            CompileCase(
+                name=f"refine_boxes forward {name}{' kept' * keep}",
+                kernel=forward_kernel,
+                pointers={**weights, **boxes, **(kept if keep else dict.fromkeys(kept))},
+                floats=(),
+                options={**options[0], **first, "KEEP": keep},
+                tensor_cores=True,
+                default=usual and keep,
+                wide_loads=wide_loads,
+            )
+            for keep in (False, True)
+        ]
+        cases.append(
+            CompileCase(
+                name=f"refine_boxes backward {name}",
+                kernel=backward_kernel,
+                pointers={**weights, **boxes, **kept, **sums},
+                floats=(),
+                options={**options[1], **needs},
+                tensor_cores=True,
+                default=usual,
+                wide_loads=wide_loads,
+            )
+        )
+    return cases
