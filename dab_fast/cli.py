@@ -156,8 +156,15 @@ def _check_folder(name: str, path: Path) -> None:
 
 
 def _as_json(comparison: Comparison, picture: Path) -> dict[str, Any]:
-    failures = comparison.failures
-    return dataclasses.asdict(comparison) | {"passed": not failures, "failures": failures, "picture": str(picture)}
+    c = comparison
+    return dataclasses.asdict(c) | {
+        "allowed_box_difference_px": c.allowed_box_difference_px,
+        "allowed_logit_difference": c.allowed_logit_difference,
+        "busy": c.busy,
+        "passed": not c.failures,
+        "failures": c.failures,
+        "picture": str(picture),
+    }
 
 
 def _print_comparison(comparison: Comparison, picture: Path) -> None:
@@ -168,7 +175,7 @@ def _print_comparison(comparison: Comparison, picture: Path) -> None:
     for failure in comparison.failures:
         console.print(f"[bold red]FAIL[/] {failure}", highlight=False)
     if not comparison.failures:
-        console.print("[bold green]PASS[/] the accelerated decoder gives the same boxes", highlight=False)
+        console.print(f"[bold green]PASS[/] {comparison.verdict}", highlight=False)
     if comparison.busy:
         console.print(
             f"[yellow]busy machine[/] {comparison.rounds} rounds whose times vary by a factor of "
@@ -194,13 +201,13 @@ def _table(comparison: Comparison) -> Table:
         table.add_column(column, justify="right")
     table.add_row(
         "largest box difference",
-        "",
+        f"{c.original_box_error_px:.2g} px" if c.half else "",
         f"{c.max_box_difference_px:.2g} px",
         f"allowed {c.allowed_box_difference_px:.2g} px",
     )
     table.add_row(
         "largest logit difference",
-        "",
+        f"{c.original_logit_error:.2g}" if c.half else "",
         f"{c.max_logit_difference:.2g}",
         f"allowed {c.allowed_logit_difference:.2g}",
     )

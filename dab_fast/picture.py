@@ -15,6 +15,7 @@ from torch import Tensor
 from dab_fast.demo import Comparison, Detections
 
 MOST_BOXES = 8
+FAR = 40.0  # pixels from the corner to the frame in the first magnification
 OVERLAP = 0.35  # boxes that overlap a better one by more than this (intersection over union) are left out
 LEAST_SCORE = 0.3  # of a trained model's box
 ORIGINAL, ACCELERATED = "#00c2ff", "#ffffff"
@@ -33,7 +34,7 @@ def draw(
     pixels = torch.tensor([image.width, image.height] * 2, dtype=torch.float32)
     theirs, ours = (_corners(x.boxes) * pixels for x in (original, accelerated))
     shown = _best(original, theirs, trained=labels is not None)
-    worst = int((theirs - ours).abs().amax(-1)[shown].argmax()) if len(shown) else 0
+    worst = _worst(theirs[shown], ours[shown], pixels)
 
     width = 13.0
     panel = 0.62 * width  # of the photo, in inches
@@ -58,12 +59,17 @@ def draw(
 
     left, gap = 0.025 + panel / width + 0.03, 0.085
     half = (top - bottom - gap) / 2
-    for k, reach in enumerate((40.0, 2 * comparison.allowed_box_difference_px)):
+    offset = (theirs[shown[worst]] - ours[shown[worst]])[:2].abs().max().item()
+    allowed = comparison.allowed_box_difference_px
+    near = max(2 * allowed, 1.5 * offset)
+    titles = (
+        f"the circled corner, {2 * FAR:.0f} px high",
+        f"{2 * near:.3g} px high: offset {offset:.2g} px, allowed {allowed:.2g} px (yellow)",
+    )
+    for k, (reach, title) in enumerate(zip((FAR, near), titles, strict=True)):
         axes = figure.add_axes((left, bottom + (1 - k) * (half + gap), 0.975 - left, half))
-        if len(shown):
-            _zoom(axes, image, theirs[shown[worst]], ours[shown[worst]], reach, comparison)
-        else:
-            axes.set_axis_off()
+        _zoom(axes, image, theirs[shown[worst]], ours[shown[worst]], reach, allowed)
+        axes.set_title(title, fontsize=9.5, color=MUTED, loc="left", pad=5)
     figure.savefig(path, facecolor=PAPER)
 
 
@@ -90,6 +96,17 @@ def _best(
         if len(chosen) == MOST_BOXES:
             break
     return torch.tensor(chosen, dtype=torch.long)
+
+
+def _worst(
+    theirs: Tensor,  # [N, 4] x0, y0, x1, y1 in pixels
+    ours: Tensor,  # [N, 4]
+    pixels: Tensor,  # [4] width, height, width, height
+) -> int:
+    """The box whose upper left corner differs most, of those whose corner is on the photo, if any is."""
+    difference = (theirs - ours)[:, :2].abs().amax(-1)
+    inside = ((theirs[:, :2] > 0) & (theirs[:, :2] < pixels[:2])).all(-1)
+    return int((difference + inside * pixels.max()).argmax())
 
 
 def _overlap(a: Tensor, b: Tensor) -> float:  # [4], [4]
@@ -129,7 +146,7 @@ def _zoom(
     theirs: Tensor,  # [4] x0, y0, x1, y1 in pixels
     ours: Tensor,  # [4]
     reach: float,  # from the corner to the frame, in pixels
-    comparison: Comparison,
+    allowed: float,  # difference in pixels, shown as a square around the corner
 ) -> None:
     """The upper left corner of one box in a window of 2 * reach pixels."""
     x, y = theirs[:2].tolist()
@@ -137,24 +154,14 @@ def _zoom(
     aspect = box.width / box.height
     axes.imshow(image, extent=(0, image.width, image.height, 0), interpolation="nearest", alpha=0.55)
     axes.set_facecolor("#e9edf1")
-    allowed = comparison.allowed_box_difference_px
-    close = reach < 1
-    if close:
-        square: dict[str, Any] = dict(facecolor="#ffd166", alpha=0.35, edgecolor="#c99700", linewidth=1.2)
-        axes.add_patch(patches.Rectangle((x - allowed, y - allowed), 2 * allowed, 2 * allowed, **square))
+    square: dict[str, Any] = dict(facecolor="#ffd166", alpha=0.35, edgecolor="#c99700", linewidth=1.2)
+    axes.add_patch(patches.Rectangle((x - allowed, y - allowed), 2 * allowed, 2 * allowed, **square))
     for corner, color, width, style in ((theirs, ORIGINAL, 5.0, "-"), (ours, INK, 1.6, (0, (5, 3)))):
         x0, y0, x1, y1 = corner.tolist()
         axes.plot([x1, x0, x0], [y0, y0, y1], color=color, linewidth=width, linestyle=style, solid_joinstyle="miter")
     axes.set(xlim=(x - reach * aspect, x + reach * aspect), ylim=(y + reach, y - reach), xticks=[], yticks=[])
     for spine in axes.spines.values():
         spine.set(color="#c8d0d8")
-    offset = (theirs - ours).abs().max().item()
-    text = (
-        f"{2 * reach:.3g} px high: offset {offset:.2g} px, allowed {allowed:.2g} px (yellow)"
-        if close
-        else f"the circled corner, {2 * reach:.0f} px high"
-    )
-    axes.set_title(text, fontsize=9.5, color=MUTED, loc="left", pad=5)
 
 
 def _legend(figure: Figure, photo: Any, bottom: float) -> None:
@@ -175,8 +182,7 @@ def _legend(figure: Figure, photo: Any, bottom: float) -> None:
 
 def _headline(comparison: Comparison) -> str:
     difference = comparison.max_box_difference_px
-    verdict = "same boxes" if not comparison.failures else "NOT the same boxes"
-    return f"DAB-DETR, original and accelerated: {verdict}, largest difference {difference:.2g} px"
+    return f"DAB-DETR, original and accelerated: {comparison.verdict}, largest difference {difference:.2g} px"
 
 
 def _subtitle(comparison: Comparison) -> str:
