@@ -20,7 +20,7 @@ def perturb_(module: nn.Module, seed: int = 0, std: float = 0.1) -> None:
 
 
 def huggingface_model(*, std: float = 0.1, **config: object) -> DabDetrForObjectDetection:
-    """A DAB-DETR with a tiny backbone, in eval mode; at full width `std` wants 0.03 to keep float32 well-conditioned."""
+    """A DAB-DETR with a tiny backbone, in eval mode; at full width `std` 0.03 keeps float32 well-conditioned."""
     torch.manual_seed(0)
     backbone = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], out_features=["stage4"])
     defaults: dict[str, object] = dict(

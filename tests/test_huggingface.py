@@ -227,7 +227,7 @@ def test_changed_modules_step_aside(change):
     fast.load_state_dict(model.state_dict())
     with torch.no_grad():
         assert_same_outputs(fast(**images()), model(**images()))
-    assert list(report.stepped_aside) == ["model.decoder"]
+    assert "model.decoder" in report.stepped_aside
 
 
 @pytest.mark.parametrize("switch", ["gradient_checkpointing", "recompute"])
