@@ -3,7 +3,8 @@
     python -m benchmarks.kernel_budget [--arch 80,90,100] [--default] [--match TEXT] [--json] [--jobs 2]
 
 Exit code 1 when a kernel breaks its budget: registers spill; dots meant for tensor cores are not on them; less of
-the bytes of its global loads come in 16-byte instructions than the case asks for; more shared memory than the chip has.
+the bytes of its global loads, masks aside, come in 16-byte instructions than the case asks for; more shared memory than
+the chip has.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Budget:
     programs_per_sm: int
     instructions: int
     tensor_cores: int  # instructions
-    wide_load_share: float  # of the bytes of the global loads in the code, those of 16-byte loads
+    wide_load_share: float  # of the bytes of the global loads in the code, masks aside, those of 16-byte loads
     broken: list[str]
 
 
@@ -99,7 +100,8 @@ def measure(arch: int, name: str) -> Budget:
     def count(pattern: str) -> int:
         return sum(n for instruction, n in counts.items() if re.match(pattern, instruction))
 
-    loads = {i: n * load_bytes(i) for i, n in counts.items() if GLOBAL_LOAD.match(i)}
+    # Single bytes are masks.
+    loads = {i: n * load_bytes(i) for i, n in counts.items() if GLOBAL_LOAD.match(i) and load_bytes(i) > 1}
     wide = sum(size for i, size in loads.items() if load_bytes(i) >= 16)
     share = wide / max(sum(loads.values()), 1)
     spills = count(r"(STL|LDL)\b")

@@ -21,7 +21,7 @@ as long; the buffer costs 34 MB at B = 32, S = 1050, which is some 20 µs of an 
 import triton
 import triton.language as tl
 
-from dab_fast.kernels._attention_forward import LOG2E, UNALIGNED, hide, kept, visible_range
+from dab_fast.kernels._attention_forward import LOG2E, UNALIGNED, kept, visibility, visible_range
 from dab_fast.kernels._common import load_rows, store_rows, tile_width
 
 
@@ -130,11 +130,13 @@ def backward_query_kernel(
             ):
                 o_s = s_start + tl.arange(0, BLOCK_S)
                 b_k_content = load_rows(p_k_content, s_start, end, stride_kc_s, BLOCK_S, D, TAIL, INTERPRET)
-                b_z = tl.dot(b_q_content, b_k_content.T, input_precision=PRECISION)
+                b_z = visibility(
+                    p_padding, p_hidden, stride_hidden_q, o_row, Q - q_start, o_s, end, BLOCK_Q, BLOCK_S, TAIL
+                )
+                b_z = tl.dot(b_q_content, b_k_content.T, b_z, input_precision=PRECISION)
                 if p_q_pos is not None:
                     b_k_pos = load_rows(p_k_pos, s_start, end, stride_kp_s, BLOCK_S, DP, TAIL, INTERPRET)
                     b_z = tl.dot(b_q_pos, b_k_pos.T, b_z, input_precision=PRECISION)
-                b_z = hide(b_z, p_padding, p_hidden, stride_hidden_q, o_row, Q - q_start, o_s, end, TAIL)
                 b_p = tl.exp2(b_z * to_log2 - b_lse[:, None])
 
                 b_v = load_rows(p_v, s_start, end, stride_v_s, BLOCK_S, DV, TAIL, INTERPRET)
@@ -246,10 +248,7 @@ def backward_key_kernel(
         o_q = q_start + o_row
         m_q = o_q < Q
         b_q_content = load_rows(p_q_content, q_start, Q, stride_qc_q, BLOCK_Q, D, True, INTERPRET)
-        b_z = tl.dot(b_k_content, b_q_content.T, input_precision=PRECISION)
-        if p_q_pos is not None:
-            b_q_pos = load_rows(p_q_pos, q_start, Q, stride_qp_q, BLOCK_Q, DP, True, INTERPRET)
-            b_z = tl.dot(b_k_pos, b_q_pos.T, b_z, input_precision=PRECISION)
+        b_z = tl.zeros([BLOCK_S, BLOCK_Q], tl.float32)
         if p_hidden is not None:
             p_tile = (
                 p_hidden
@@ -259,6 +258,10 @@ def backward_key_kernel(
             )
             b_hidden = tl.load(p_tile, mask=m_s[:, None] & m_q[None, :], other=1) != 0
             b_z = tl.where(b_hidden, float("-inf"), b_z)
+        b_z = tl.dot(b_k_content, b_q_content.T, b_z, input_precision=PRECISION)
+        if p_q_pos is not None:
+            b_q_pos = load_rows(p_q_pos, q_start, Q, stride_qp_q, BLOCK_Q, DP, True, INTERPRET)
+            b_z = tl.dot(b_k_pos, b_q_pos.T, b_z, input_precision=PRECISION)
         b_lse = tl.load(p_lse2 + o_q, mask=m_q, other=0.0)
         b_p = tl.exp2(b_z * to_log2 - b_lse[None, :])
 

@@ -49,8 +49,24 @@ def kept(p_rng, bh, o_q, o_s, dropout_p):
 
 
 @triton.jit
-def hide(b_z, p_padding, p_hidden, stride_hidden_q, o_row, rows, o_s, end, TAIL: tl.constexpr):
-    """−inf for the keys that a query must not see: beyond the end, padded, or hidden by the attention mask."""
+def visibility(
+    p_padding,
+    p_hidden,
+    stride_hidden_q,
+    o_row,
+    rows,
+    o_s,
+    end,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    TAIL: tl.constexpr,
+):
+    """What the logits start from: 0, or −inf for keys beyond the end, padded, or hidden by the attention mask.
+
+    The dots add to it. Selecting after the dots instead would make the compiler carry the softmax in two layouts, that
+    of the mask's load and that of the dots.
+    """
+    b_z = tl.zeros([BLOCK_Q, BLOCK_S], tl.float32)
     if TAIL:
         b_z = tl.where((o_s < end)[None, :], b_z, float("-inf"))
     if p_padding is not None:
@@ -152,11 +168,11 @@ def forward_kernel(
         ):
             o_s = s_start + tl.arange(0, BLOCK_S)
             b_k = load_rows(p_k_content, s_start, end, stride_kc_s, BLOCK_S, D, TAIL, INTERPRET)
-            b_z = tl.dot(b_q_content, b_k.T, input_precision=PRECISION)
+            b_z = visibility(p_padding, p_hidden, stride_hidden_q, o_row, Q - q_start, o_s, end, BLOCK_Q, BLOCK_S, TAIL)
+            b_z = tl.dot(b_q_content, b_k.T, b_z, input_precision=PRECISION)
             if p_q_pos is not None:
                 b_k = load_rows(p_k_pos, s_start, end, stride_kp_s, BLOCK_S, DP, TAIL, INTERPRET)
                 b_z = tl.dot(b_q_pos, b_k.T, b_z, input_precision=PRECISION)
-            b_z = hide(b_z, p_padding, p_hidden, stride_hidden_q, o_row, Q - q_start, o_s, end, TAIL)
 
             b_m_new = tl.maximum(b_m, tl.max(b_z, 1) * to_log2)
             b_p = tl.exp2(b_z * to_log2 - b_m_new[:, None])

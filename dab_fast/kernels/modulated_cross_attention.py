@@ -253,15 +253,13 @@ def compile_cases() -> list[CompileCase]:
         ("split",),
         ("self",),
         ("self", "hidden"),
-        ("padding", "hidden"),
-        ("padding", "dropout"),
         ("padding", "hidden", "dropout"),
     )
     cases = []
     for kernel, arithmetic, width, variant in product(
         get_args(AttentionKernel), get_args(Arithmetic), (16, 32, 64), variants
     ):
-        if "split" in variant and kernel != "forward":
+        if ("split" in variant and kernel != "forward") or (width == 16 and variant):
             continue
         crowded = "hidden" in variant or "dropout" in variant
         element = "bf16" if arithmetic == "half" else "fp32"
@@ -278,6 +276,8 @@ def compile_cases() -> list[CompileCase]:
             "p_rng": "i64" if "dropout" in variant else None,
         }
         config = attention_config(kernel, arithmetic, width, crowded)
+        tile = min(config.block_q, config.block_s) * width * (2 if arithmetic == "half" else 4)
+        share = tile // (32 * config.num_warps)  # bytes of it for each thread to load
         cases.append(
             CompileCase(
                 name=" ".join(("attention", kernel, arithmetic, str(width), *variant)),
@@ -286,6 +286,7 @@ def compile_cases() -> list[CompileCase]:
                 floats=("scale", "dropout_p", "dropout_scale"),
                 options=launch_options(width, 0 if pos is None else width, width, arithmetic, config),
                 tensor_cores=arithmetic != "ieee",
+                wide_loads=0.75 if share >= 16 else 0.0,
                 default=width == 32 and arithmetic != "tf32" and not crowded,
             )
         )
