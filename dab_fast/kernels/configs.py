@@ -42,7 +42,7 @@ _ATTENTION: dict[tuple[Arithmetic, AttentionKernel, int], AttentionConfig] = {
     ("tf32", "query", 64): AttentionConfig(64, 32, 4, 2),
     ("tf32", "key", 32): AttentionConfig(32, 64, 4, 2),
     ("tf32", "key", 64): AttentionConfig(32, 32, 4, 2),
-    ("ieee", "forward", 32): AttentionConfig(32, 32, 8, 2),
+    ("ieee", "forward", 32): AttentionConfig(32, 32, 4, 2),
     ("ieee", "forward", 64): AttentionConfig(32, 32, 8, 2),
     ("ieee", "query", 32): AttentionConfig(32, 32, 4, 2),
     ("ieee", "query", 64): AttentionConfig(32, 32, 8, 2),
@@ -58,6 +58,7 @@ _CROWDED: dict[tuple[Arithmetic, AttentionKernel, int], AttentionConfig] = {
     ("half", "key", 64): AttentionConfig(32, 64, 8, 2),
     ("tf32", "query", 64): AttentionConfig(32, 32, 4, 2),
     ("tf32", "key", 32): AttentionConfig(32, 32, 4, 2),
+    ("ieee", "forward", 32): AttentionConfig(32, 32, 8, 2),
     ("ieee", "query", 32): AttentionConfig(32, 32, 8, 2),
 }
 
