@@ -20,6 +20,7 @@ RESULTS = Path(__file__).with_name("results")
 def pytest_addoption(parser):
     group = parser.getgroup("dab_fast")
     group.addoption("--benchmark", action="store_true", help="time the cases and add rows to the results")
+    group.addoption("--tiny", action="store_true", help="the smoke test's sizes, timed: shows that everything runs")
     group.addoption("--full", action="store_true", help="every shape and dtype, not the five-minute set")
     group.addoption("--device", default=None, help="cpu or cuda; default: a GPU where there is one")
     group.addoption("--results", type=Path, default=RESULTS, help="folder of the CSV files (%(default)s)")
@@ -40,21 +41,28 @@ class _State:
     def __init__(self, config):
         self.timed = config.getoption("--benchmark")
         self.device = torch.device(config.getoption("--device") or ("cuda" if torch.cuda.is_available() else "cpu"))
-        level = "tiny" if not self.timed else "full" if config.getoption("--full") else "default"
-        self.cases = cases(self.device, level)
+        tiny = not self.timed or config.getoption("--tiny")
+        self.level = "tiny" if tiny else "full" if config.getoption("--full") else "default"
+        self.cases = cases(self.device, self.level)
         self.file = rows.results_file(config.getoption("--results"), self.device)
         self.replace = config.getoption("--replace")
         self.seconds = config.getoption("--seconds") if self.timed else 0.0
         self.rounds = (config.getoption("--rounds") or (200 if self.device.type == "cuda" else 30)) if self.timed else 1
         self.results, self.measured = {}, 0
+        self.chosen = {}  # {case: its providers that were selected}
         self.rows, self.refused, self.skipped = [], [], {}
 
     def result(self, case, progress):
         if case not in self.results:
             self.measured += 1
-            progress(f"[{self.measured}/{len(self.cases)}] {case}")
+            progress(f"[{self.measured}/{len(self.chosen)}] {case}")
             found = self.results[case] = measure_case(
-                case, self.device, rounds=self.rounds, seconds=self.seconds, rest=0.002 * (self.device.type == "cuda")
+                case,
+                self.device,
+                rounds=self.rounds,
+                seconds=self.seconds,
+                rest=0.002 * (self.device.type == "cuda"),
+                only=self.chosen[case],
             )
             self.skipped |= found.skipped
             self.rows += found.rows
@@ -84,6 +92,15 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize(("case", "provider"), pairs, ids=[f"{case}-{provider}" for case, provider in pairs])
 
 
+def pytest_collection_finish(session):
+    state = session.config.stash[STATE]
+    for item in session.items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        if "case" in params:
+            state.chosen.setdefault(params["case"], []).append(params["provider"])
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter, config):
     state = config.stash[STATE]
     if not state.timed:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -246,18 +248,89 @@ def test_measured_stands_beside_predicted(tmp_path, capsys):
     assert "measured    0.770 at abc" in capsys.readouterr().out
 
 
-def run(*command, **environment):
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory):
+    """benchmarks/on_gpu.sh --dry: every stage on a CPU, in the interpreter."""
+    out = tmp_path_factory.mktemp("dry") / "out"
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
+    script = ROOT / "benchmarks" / "on_gpu.sh"
+    done = subprocess.run(["bash", script, out, "--dry"], env=env, capture_output=True, text=True, timeout=900)
+    return done, out
 
 
-def test_benchmark_flag_times_and_adds_rows(tmp_path):
-    """The flag is no abbreviation of pytest-benchmark's own."""
-    command = ("-m", "pytest", "benchmarks/", "--benchmark", "--results", str(tmp_path), "--seconds", "0", "-q")
-    done = run(sys.executable, *command, "-k", "refine_boxes and forward and not compile", TORCH_COMPILE_DISABLE="1")
-    assert done.returncode == 0, done.stdout + done.stderr
-    (path,) = tmp_path.glob("*.csv")
-    found = {r["provider"]: r for r in rows.read(path)}
-    assert {"eager", "torch"} <= found.keys()
-    assert float(found["torch"]["p50_ms"]) > 0 and found["torch"]["accurate"] == "True"
-    assert "rows added to" in done.stdout and "benchmark 'refine_boxes forward" in done.stdout
+def test_dry_run_does_every_stage(dry_run):
+    done, out = dry_run
+    assert done.returncode == 0, done.stdout + (out / "log.txt").read_text()[-4000:]
+    summary = (out / "summary.txt").read_text()
+    assert summary == done.stdout
+    for stage in ("decoder", "ops", "profile", "model", "plot"):
+        assert re.search(rf"^{stage} +ok", summary, re.M), summary
+    assert re.search("^sanitizer +not done: ", summary, re.M)
+
+
+def test_dry_run_leaves_few_small_files(dry_run):
+    _, out = dry_run
+    files = list(out.iterdir())
+    assert len(files) <= 8 and all(path.stat().st_size < 16e6 for path in files)
+    names = {path.name for path in files}
+    assert {"summary.txt", "log.txt", "profile.txt", "times.png", "speedups.png", "roofline.png"} <= names
+
+
+def test_dry_run_measures_and_gates(dry_run):
+    """`--benchmark` is no abbreviation of pytest-benchmark's own options; what it adds is in the file."""
+    _, out = dry_run
+    (path,) = out.glob("*.csv")
+    found = rows.read(path)
+    assert {row["op"] for row in found} >= WORKLOADS.keys()
+    assert {row["accurate"] for row in found if row["op"] in WORKLOADS} == {"True"}
+    timed = [row for row in found if row["provider"] == "torch"]
+    assert timed and all(float(row["p50_ms"]) > 0 and float(row["speedup"]) > 0 for row in timed)
+    assert "rows added to" in (out / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("arguments", [[], ["--only"], ["out", "--only", "everything"], ["a", "b"], ["out", "--fast"]])
+def test_on_gpu_says_how_it_is_used(arguments, tmp_path):
+    script = ROOT / "benchmarks" / "on_gpu.sh"
+    done = subprocess.run(["bash", script, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.startswith("usage: ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_pictures(tmp_path):
+    plot = pytest.importorskip("benchmarks.plot")
+    gpu = {"op": "decoder", "mode": "inference", "queries": 300, "padded": False, "dtype": "bf16", "commit": "abc"}
+    gpu |= {"device": "NVIDIA H100", "date": "2026-01-01", "torch": "2.11", "accurate": True, "speedup": 1.5}
+    for tokens in (1050, 4200):
+        for batch in (1, 8, 32):
+            for provider in ("huggingface", "triton", "a new one"):
+                sizes = {"batch": batch, "tokens": tokens, "provider": provider}
+                rows.append(tmp_path / "a.csv", [row(**gpu, **sizes, p50_ms=1.0 + batch, floor_ms=0.1)])
+    training = {"mode": "training", "batch": 2, "tokens": 1050, "saved_mb": 65.0}
+    rows.append(tmp_path / "a.csv", [row(**(gpu | training))])
+    found = {path.name for path in plot.draw(tmp_path, tmp_path)}
+    assert found == {"a-times.png", "a-speedups.png", "a-memory.png", "counts.png", "roofline.png"}
+    assert {path.name for path in tmp_path.glob("*.svg")} == {name.replace("png", "svg") for name in found}
+
+
+def test_table_shows_the_newest_rows(tmp_path, capsys):
+    from benchmarks import table
+
+    old = {"op": "decoder", "mode": "inference", "batch": 1, "queries": 300, "tokens": 1050, "accurate": True}
+    old |= {"dtype": "fp32", "padded": False, "device": "a CPU", "speedup": 1.5, "date": "2026-01-01"}
+    rows.append(tmp_path / "a.csv", [row(**old), row(**(old | {"date": "2026-01-02", "p50_ms": 7.0}))])
+    table.main([str(tmp_path)])
+    shown = capsys.readouterr().out
+    assert "7" in shown and "1.50x" in shown and shown.count("torch ") == 2
+    table.main([str(tmp_path), "--only", "model"])
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("case", cases(CPU, "tiny"), ids=str)
+def test_on_a_gpu_every_backend_is_accurate(case, dtype):
+    result = measure_case(dataclasses.replace(case, dtype=dtype), torch.device("cuda"), rounds=1)
+    ours = {r["provider"]: r for r in result.rows if PROVIDERS[r["provider"]].ours}
+    assert "triton" in ours, (result.skipped, result.failed)
+    assert all(r["accurate"] for r in ours.values()), {name: (r["error"], r["peer_error"]) for name, r in ours.items()}
+    assert not result.failed.keys() & {name for name, p in PROVIDERS.items() if p.ours}
