@@ -7,6 +7,7 @@
 Importing this package imports torch, but neither triton nor transformers nor the compiled extension.
 """
 
+from dab_fast._extension import build_info
 from dab_fast.accelerate import accelerate, restore
 from dab_fast.checkpoint import load_checkpoint
 from dab_fast.config import DecoderConfig
@@ -21,6 +22,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "box_position_embed",
+    "build_info",
     "load_checkpoint",
     "modulated_cross_attention",
     "refine_boxes",

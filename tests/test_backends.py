@@ -82,13 +82,14 @@ def test_auto_does_not_interpret(forget):
 
 
 def test_one_log_line_with_the_same_words(forget, caplog):
+    no_native = "modulated_cross_attention"
     with caplog.at_level(logging.INFO, "dab_fast"):
         for _ in range(3):
-            _backends.select(OP, torch.rand(1), {})
+            _backends.select(no_native, torch.rand(1), {})
     (record,) = caplog.records
     assert record.levelno == logging.INFO
-    assert record.message.startswith("box_position_embed on cpu runs in plain PyTorch (")
-    assert f"triton: {_backends.why_not('triton', OP, CPU, trusted_only=True)}" in record.message
+    assert record.message.startswith(f"{no_native} on cpu runs in plain PyTorch (native: it has no {no_native}; ")
+    assert f"triton: {_backends.why_not('triton', no_native, CPU, trusted_only=True)}" in record.message
 
 
 def test_gpu_fallback_is_a_warning(forget, caplog):

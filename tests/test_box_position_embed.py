@@ -216,7 +216,8 @@ def test_sine_embed(coords, order):
         for dtype in (None, torch.float64)
     )
     assert_accurate(actual, exact, own)
-    assert torch.equal(ops.sine_embed(x, 6, 20.0, order), own["out0"])
+    with ops.backend("torch"):
+        assert torch.equal(ops.sine_embed(x, 6, 20.0, order), own["out0"])
 
 
 def test_sine_embed_without_gradients():

@@ -101,13 +101,15 @@ def _triton_why_not(device: torch.device) -> str | None:
     return None
 
 
-def _native_why_not(op: str) -> str | None:
-    name = f"{PACKAGES['native']}.{op}"
+def _native_why_not(op: str, device: torch.device) -> str | None:
+    package = PACKAGES["native"]
+    if importlib.util.find_spec(f"{package}.{op}") is None:
+        return f"it has no {op}"
     try:
-        importlib.import_module(name)
+        call = importlib.import_module(f"{package}._call")
     except ImportError as error:
-        return f"{name} cannot be imported: {error}"
-    return None
+        return str(error)
+    return call.why_not(device)
 
 
 def why_not(name: str, op: str, device: torch.device, *, trusted_only: bool = False) -> str | None:
@@ -117,7 +119,7 @@ def why_not(name: str, op: str, device: torch.device, *, trusted_only: bool = Fa
     """
     if name == "torch":
         return None
-    reason = _native_why_not(op) if name == "native" else _triton_why_not(device)
+    reason = _native_why_not(op, device) if name == "native" else _triton_why_not(device)
     if reason is None and trusted_only:
         if device.type == "cpu" and name == "triton":
             return "the interpreter runs on request alone"

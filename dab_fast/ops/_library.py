@@ -38,6 +38,19 @@ def _define(schema: str, fake: Callable[..., Any]) -> Any:
     return getattr(torch.ops.dab_fast, name).default
 
 
+def constant(x: float) -> float:
+    """x, which under torch.compile becomes a constant of the graph.
+
+    With dynamic=True a float read from a module is a symbol, and torch 2.13 fails on one that enters the subgraph of an
+    autograd.Function.
+    """
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import guard_scalar
+
+        return guard_scalar(x)
+    return x
+
+
 def _box_position_embed(
     boxes: Tensor,  # [..., n]
     scale: Tensor | None,  # [..., 2 * num_feats], [..., 1] or [2 * num_feats]

@@ -21,9 +21,10 @@ def sine_embed(
 ) -> Tensor:  # [..., n * num_feats]
     """sin and cos of 2*pi*c / temperature^(2*floor(i/2) / num_feats) for every coordinate c and feature i."""
     _check_embedding("coordinates", coordinates, num_feats, order)
-    backend = _backends.select("box_position_embed", coordinates, _LIMITS, coordinates.dtype)
+    backend = _backends.select("box_position_embed", coordinates, _LIMITS, coordinates.dtype, num_feats, (coordinates,))
     if backend == "torch":
         return reference.sine_embed(coordinates, num_feats, temperature, order)
+    temperature = _library.constant(temperature)
     args = (coordinates, None, None, num_feats, temperature, order, coordinates.dtype, False, backend)
     if torch.is_grad_enabled() and coordinates.requires_grad:
         return _BoxPositionEmbed.apply(*args)[0]
@@ -52,13 +53,14 @@ def box_position_embed(
         if boxes.shape[-1] != 4:
             raise ValueError(f"boxes must have shape [..., 4] for ref_size_logits, got {list(boxes.shape)}")
     dtype = dtype or boxes.dtype
-    backend = _backends.select("box_position_embed", boxes, _LIMITS, dtype)
+    backend = _backends.select("box_position_embed", boxes, _LIMITS, dtype, num_feats, (boxes, scale, ref_size_logits))
     if backend == "torch":
         return reference.box_position_embed(
             boxes, scale, ref_size_logits, num_feats=num_feats, temperature=temperature, order=order, dtype=dtype
         )
     if scale is not None and scale.shape == (1,):
         scale = scale.expand(*boxes.shape[:-1], 1)
+    temperature = _library.constant(temperature)
     args = (boxes, scale, ref_size_logits, num_feats, temperature, order, dtype, True, backend)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in args[:3]):
         return _BoxPositionEmbed.apply(*args)
@@ -112,8 +114,28 @@ def _check_embedding(name: str, x: Tensor, num_feats: int, order: str) -> None:
         raise ValueError(f'{name} must have shape [..., 2 or more] for order "yxwh", got {list(x.shape)}')
 
 
-def _no_float64(dtype: torch.dtype) -> str | None:
+Tensors = tuple[Tensor | None, ...]  # boxes, and whatever modulates them
+
+
+def _triton_limit(dtype: torch.dtype, num_feats: int, tensors: Tensors) -> str | None:
     return "its kernels compute in float32, got float64" if dtype == torch.float64 else None
 
 
-_LIMITS = {"triton": _no_float64, "native": _no_float64}
+def _native_limit(dtype: torch.dtype, num_feats: int, tensors: Tensors) -> str | None:
+    boxes = tensors[0]
+    assert boxes is not None
+    doubles = [x is not None and x.dtype == torch.float64 for x in tensors]
+    if boxes.is_cuda and (dtype == torch.float64 or any(doubles)):
+        return "its CUDA kernels compute in float32, got float64"
+    if any(doubles) and not doubles[0]:
+        return f"its kernels compute as precisely as boxes, {boxes.dtype}, got float64"
+    if num_feats > 512:
+        return f"its kernels take num_feats up to 512, got {num_feats}"
+    if boxes.shape[-1] not in (1, 2, 4):
+        return f"its kernels take 1, 2 or 4 coordinates, got {boxes.shape[-1]}"
+    if boxes.numel() >= 2**31:
+        return f"its kernels count boxes in 31 bits, got {list(boxes.shape)}"
+    return None
+
+
+_LIMITS = {"triton": _triton_limit, "native": _native_limit}

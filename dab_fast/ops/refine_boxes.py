@@ -60,7 +60,7 @@ def refine_boxes(
         raise ValueError(f"eps must be in (0, 0.5), got {eps}")
     tensors = (hidden, boxes, w1, b1, w2, b2, w3, b3)
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    backend = _backends.select("refine_boxes", hidden, _LIMITS, hidden)
+    backend = _backends.select("refine_boxes", hidden, _LIMITS, tensors)
     if backend == "torch":
         if recompute and grad:
             refined = checkpoint(_composition, *tensors, eps, layered, use_reentrant=False, preserve_rng_state=False)
@@ -142,12 +142,16 @@ class _RefineBoxes(torch.autograd.Function):
         return d_hidden, d_boxes, *wanted, *(None,) * 3
 
 
-def _limit(hidden: Tensor) -> str | None:
-    if hidden.dtype == torch.float64:
+def _native_limit(tensors: tuple[Tensor, ...]) -> str | None:
+    if any(x.dtype == torch.float64 for x in tensors):
         return "its kernels compute in float32, got float64"
-    if hidden.shape[-1] > 512:
-        return f"its kernels hold a row of hidden in registers, at most 512 wide, got {hidden.shape[-1]}"
     return None
 
 
-_LIMITS = {"triton": _limit}
+def _triton_limit(tensors: tuple[Tensor, ...]) -> str | None:
+    if tensors[0].shape[-1] > 512:
+        return f"its kernels hold a row of hidden in registers, at most 512 wide, got {tensors[0].shape[-1]}"
+    return _native_limit(tensors[:1])
+
+
+_LIMITS = {"triton": _triton_limit, "native": _native_limit}

@@ -1,0 +1,489 @@
+"""The kernels of the extension against the specification in float64, with every gradient.
+
+The rule is "at most twice PyTorch's own error in that dtype", in the norm of the whole tensor, plus one rounding of the
+dtype: with few elements, chance alone can double the smaller of two errors.
+"""
+
+import hashlib
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from dab_fast import ops, reference
+from dab_fast._extension import extension_problem
+from dab_fast.ops import _backends
+
+if problem := extension_problem():
+    if "is not built" not in problem:
+        raise ImportError(problem)
+    pytest.skip(problem, allow_module_level=True)
+
+from dab_fast.native import box_position_embed as native_embed
+from dab_fast.native import refine_boxes as native_refine
+from dab_fast.native._call import C
+
+CPU = torch.device("cpu")
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def error(x, exact):
+    return ((x.double() - exact).norm() / exact.norm().clamp_min(1e-300)).item()
+
+
+def assert_as_good(ours, theirs, exact):
+    assert len(ours) == len(theirs) == len(exact)
+    for a, b, truth in zip(ours, theirs, exact, strict=True):
+        assert a.shape == truth.shape and a.dtype == b.dtype
+        assert torch.isfinite(a).all()
+        # In float64 the truth is rounded as often as the result, and PyTorch's own error reads 0.
+        roundings = 16 if a.dtype == torch.float64 else 1
+        assert error(a, truth) <= 2 * error(b, truth) + roundings * torch.finfo(a.dtype).eps
+
+
+def results_and_gradients(function, inputs, d_results):
+    leaves = [x if x is None else x.detach().clone(memory_format=torch.preserve_format) for x in inputs]
+    leaves = [x if x is None else x.requires_grad_() for x in leaves]
+    results = function(*leaves)
+    results = results if isinstance(results, tuple) else (results,)
+    torch.autograd.backward(results, [d.to(r) for d, r in zip(d_results, results, strict=True)])
+    return [*results, *(x.grad for x in leaves if x is not None)]
+
+
+def compare(function, specification, inputs, shapes, double_arguments=None):
+    """ours, PyTorch's own, and the truth, from the same inputs and the same gradients of the results."""
+    d_results = [torch.randn(shape, dtype=torch.float64, device=inputs[0].device) for shape in shapes]
+    doubles = [x if x is None else x.double() for x in inputs]
+    ours = results_and_gradients(function, inputs, d_results)
+    theirs = results_and_gradients(specification, inputs, d_results)
+    exact = results_and_gradients(double_arguments or specification, doubles, d_results)
+    assert_as_good(ours, theirs, exact)
+
+
+def some_boxes(*shape, dtype=torch.float32, device="cpu"):
+    return (torch.rand(shape) * 0.9 + 0.05).to(device, dtype)
+
+
+LAYOUTS = {
+    "contiguous": lambda make: make(2, 7),
+    "query_first": lambda make: make(7, 2).transpose(0, 1),
+    "one_row": lambda make: make(1, 1),
+    "no_leading_dimension": lambda make: make(),
+    "expanded": lambda make: make(1, 7).expand(3, 7, -1),
+    "five_dimensions": lambda make: make(2, 1, 3, 2, 2).transpose(1, 3),
+    "apart_columns": lambda make: make(2, 7).mT.contiguous().mT,
+    "sliced": lambda make: torch.cat((make(2, 14), make(2, 14)), -1)[:, ::2, : make(1, 1).shape[-1]],
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("order, n", [("yxwh", 4), ("xywh", 4), ("yxwh", 2), ("xywh", 2)])
+@pytest.mark.parametrize("kind", [None, "full", "one", "row", "number"])
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (torch.float64, torch.float64, torch.float64),
+        (torch.float32, torch.float32, torch.float32),
+        (torch.float32, torch.bfloat16, torch.bfloat16),  # as under autocast
+        (torch.float16, torch.float16, torch.float16),
+        (torch.float32, torch.float16, torch.float32),
+    ],
+    ids=str,
+)
+def test_box_position_embed(dtypes, kind, order, n, device):
+    boxes_dtype, scale_dtype, dtype = dtypes
+    if device == "cuda" and dtype == torch.float64:
+        pytest.skip("the CUDA kernels compute in float32")
+    feats = 24  # 3 vectors of 8, less than a warp has lanes
+    shapes = {"full": (2, 7, 2 * feats), "one": (2, 7, 1), "row": (2 * feats,), "number": (1,)}
+    scale = torch.randn(shapes[kind], device=device).to(scale_dtype) if kind else None
+    logits = torch.randn(2, 7, 2, device=device).to(scale_dtype) if n == 4 else None
+    boxes = some_boxes(2, 7, n, dtype=boxes_dtype, device=device)
+
+    def run(function, dtype):
+        return lambda *tensors: function(*tensors, num_feats=feats, order=order, dtype=dtype)
+
+    with ops.backend("native"):
+        compare(
+            run(ops.box_position_embed, dtype),
+            run(reference.box_position_embed, dtype),
+            (boxes, scale, logits),
+            ((2, 7, n * feats), (2, 7, 2 * feats)),
+            run(reference.box_position_embed, torch.float64),
+        )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("feats", [2, 6, 128, 510, 512])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_layout_and_width(layout, feats, device):
+    if feats != 128 and layout not in ("contiguous", "query_first", "sliced"):
+        pytest.skip("once is enough")
+    boxes = LAYOUTS[layout](lambda *shape: some_boxes(*shape, 4, device=device))
+    scale = LAYOUTS[layout](lambda *shape: torch.randn(*shape, 2 * feats, device=device))
+    logits = LAYOUTS[layout](lambda *shape: torch.randn(*shape, 2, device=device))
+    for temperature in (10000.0, 20.0):
+        options = {"num_feats": feats, "temperature": temperature}
+        sine, query = reference.box_position_embed(boxes, scale, logits, **options)
+        with ops.backend("native"):
+            compare(
+                lambda *tensors, o=options: ops.box_position_embed(*tensors, **o),
+                lambda *tensors, o=options: reference.box_position_embed(*tensors, **o),
+                (boxes, scale, logits),
+                (sine.shape, query.shape),
+            )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_sine_embed(n, device):
+    boxes = some_boxes(3, 5, n, device=device)
+    options = {"num_feats": 16, "temperature": 20.0, "order": "xywh"}
+    with ops.backend("native"):
+        compare(
+            lambda x: ops.sine_embed(x, **options),
+            lambda x: reference.sine_embed(x, **options),
+            (boxes,),
+            ((3, 5, 16 * n),),
+        )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("used", ["sine", "query_sine"])
+def test_one_result_unused(used, device):
+    boxes, scale, logits = some_boxes(2, 3, 4), torch.randn(2, 3, 16), torch.randn(2, 3, 2)
+    pick = 0 if used == "sine" else 1
+    grads = []
+    for name in ("native", "torch"):
+        leaves = [x.to(device).requires_grad_() for x in (boxes.clone(), scale.clone(), logits.clone())]
+        with ops.backend(name):
+            ops.box_position_embed(*leaves, num_feats=8)[pick].square().sum().backward()
+        grads.append([torch.zeros_like(x) if x.grad is None else x.grad for x in leaves])
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_no_rows(device):
+    boxes, row = torch.empty(0, 3, 4, device=device), torch.randn(16, device=device)
+    leaves = [x.requires_grad_() for x in (boxes, row)]
+    with ops.backend("native"):
+        sine, query = ops.box_position_embed(*leaves, num_feats=8)
+        (sine.sum() + query.sum()).backward()
+    assert sine.shape == (0, 3, 32) and query.shape == (0, 3, 16)
+    assert boxes.grad.shape == (0, 3, 4) and torch.equal(row.grad, torch.zeros_like(row))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_half_precision_saturates_where_float32_is_finite(device):
+    boxes = torch.full((1, 4, 4), 0.3, device=device)
+    boxes[..., 2:] = torch.tensor([1e-6, 1e-20, 1e-30, 0.5], device=device)[:, None]
+    scale, logits = torch.randn(1, 4, 16, device=device), torch.randn(1, 4, 2, device=device)
+    for dtype in (torch.float16, torch.bfloat16):
+        leaves = [x.clone().requires_grad_() for x in (boxes, scale, logits)]
+        theirs = [x.clone().requires_grad_() for x in (boxes, scale, logits)]
+        with ops.backend("native"):
+            _, query = ops.box_position_embed(*leaves, num_feats=8, dtype=dtype)
+        _, spec = reference.box_position_embed(*theirs, num_feats=8, dtype=dtype)
+        assert torch.isfinite(query).all()
+        torch.testing.assert_close(query, spec)
+        query[:, ::3].sum().backward()
+        spec[:, ::3].sum().backward()
+        # Where a result saturates its gradient is zero, as through the clamp of the specification; there 1 / size^2
+        # overflows on the way to the gradient of size.
+        for x, y in zip(leaves, theirs, strict=True):
+            finite = torch.isfinite(y.grad)
+            assert finite[..., :2].all()
+            torch.testing.assert_close(x.grad[finite], y.grad[finite], rtol=1e-4, atol=1e-6)
+            assert torch.isfinite(x.grad).all() or dtype != torch.float16
+
+
+def test_accuracy_of_sin_and_cos():
+    """Of the exact function of the coordinate, far outside (0, 1) too; the first wavelength is 1."""
+    bound = 1.7 if C.cpu_isa() == "portable" else 1.2  # geometry.h
+    spread = torch.cat((torch.linspace(-1, 2, 200_001), torch.randn(50_000) * 1e4, torch.logspace(-30, 6, 50_000)))
+    sine = native_embed.forward(spread[:, None], None, None, 2, 1e4, "xywh", torch.float32, False)[0]
+    turn = spread.double() - spread.double().round()  # exact
+    for ours, exact in ((sine[:, 0], (turn * 2 * torch.pi).sin()), (sine[:, 1], (turn * 2 * torch.pi).cos())):
+        # sin and cos of float64 2*pi*turn are off by up to 4e-16: where that matters, compare absolutely.
+        ulp = 2.0 ** (exact.abs().clamp_min(1e-9).log2().floor() - 23)
+        assert ((ours.double() - exact).abs() / ulp).max() < bound
+        assert (ours.abs() <= 1).all()
+    special = torch.tensor([[torch.nan], [torch.inf], [-torch.inf]])
+    assert native_embed.forward(special, None, None, 2, 1e4, "xywh", torch.float32, False)[0].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_half_precision_number_is_read_and_rounded_as_torch_does(dtype):
+    """With a coordinate of 0 the cosine is 1, and the query's embedding is the scale itself."""
+    boxes = torch.zeros(1 << 16, 2)
+    every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(dtype)
+
+    def through(scale, result):
+        scale = scale[:, None].expand(-1, 4).contiguous()
+        return native_embed.forward(boxes[: len(scale)], scale, None, 2, 1e4, "xywh", result, True)[1][:, 1]
+
+    torch.testing.assert_close(through(every, torch.float32), every.float(), rtol=0, atol=0, equal_nan=True)
+    bits = torch.randint(-(1 << 31), 1 << 31, (1 << 16,), dtype=torch.int64).to(torch.int32).view(torch.float32)
+    halfway = ((every[:-1].double() + every[1:].double()) / 2).float()
+    numbers = torch.cat((bits, halfway, halfway.nextafter(torch.tensor(torch.inf))))
+    expected = numbers
+    if dtype == torch.float16:
+        expected = expected.clamp(-65504, 65504)  # results saturate
+    for chunk, want in zip(numbers.split(1 << 15), expected.split(1 << 15), strict=True):
+        torch.testing.assert_close(through(chunk, dtype), want.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+MLP_DTYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float16, torch.float16)]
+
+
+def mlp(dtype, d, *lead, device="cpu"):
+    weights = [torch.randn(*lead, *shape) / d**0.5 for shape in ((d, d), (d,), (d, d), (d,), (4, d), (4,))]
+    return [x.to(device, dtype) for x in weights]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layers", [0, 3])
+@pytest.mark.parametrize("d, n", [(32, 4), (32, 2), (20, 4), (600, 4)])
+@pytest.mark.parametrize("dtypes", MLP_DTYPES, ids=str)
+def test_refine_boxes_kernels(dtypes, d, n, layers, device):
+    """Forward and backward as the op calls them; boxes in, at and beyond every bound of the inverse sigmoid."""
+    hidden_dtype, weight_dtype = dtypes
+    eps = 1e-3
+    shape = (*([layers] if layers else []), 2, 9)
+    hidden = torch.randn(*shape, d, device=device).to(hidden_dtype)
+    boxes = some_boxes(*shape, n, device=device)
+    boxes.view(-1)[:9] = torch.tensor([0.0, 1.0, -0.1, 1.2, 1e-4, 1 - 1e-4, eps, 1 - eps, -0.0])
+    weights = mlp(weight_dtype, d, *([layers] if layers else []), device=device)
+
+    def specification(*tensors):
+        if not layers:
+            return reference.refine_boxes(*tensors, eps=eps)
+        return torch.stack([reference.refine_boxes(*layer, eps=eps) for layer in zip(*tensors, strict=True)])
+
+    inputs = (hidden, boxes, *weights)
+    d_refined = torch.randn(*shape, 4, dtype=torch.float64, device=device)
+    exact = results_and_gradients(specification, [x.double() for x in inputs], [d_refined])
+    theirs = results_and_gradients(specification, inputs, [d_refined])
+    refined, h1, h2 = native_refine.forward(*inputs, eps, True)
+    assert torch.equal(native_refine.forward(*inputs, eps, False)[0], refined)
+    d_hidden, d_boxes, d_w1, d_w2, sums = native_refine.backward(
+        d_refined.float(), refined, h1, h2, hidden, boxes, *weights[::2], eps, True, True, True
+    )
+    d_w3, d_b1, d_b2, d_b3 = (
+        x.reshape(w.shape).to(w.dtype)
+        for x, w in zip(sums.split((4 * d, d, d, 4), -1), (weights[4], weights[1], weights[3], weights[5]), strict=True)
+    )
+    assert_as_good([refined, d_hidden, d_boxes, d_w1, d_b1, d_w2, d_b2, d_w3, d_b3], theirs, exact)
+
+
+class Tail(torch.autograd.Function):
+    """The box tail alone, in whatever precision it is given."""
+
+    @staticmethod
+    def forward(ctx, h2, boxes, w3, b3):
+        refined = h2.new_empty((*h2.shape[:-1], 4))
+        native_refine._tail(h2, boxes, w3, b3, 1e-2, refined)
+        ctx.save_for_backward(h2, boxes, w3, refined)
+        return refined
+
+    @staticmethod
+    def backward(ctx, d_refined):
+        h2, boxes, w3, refined = ctx.saved_tensors
+        d = h2.shape[-1]
+        d_h2, d_boxes, sums = torch.empty_like(h2), torch.empty_like(boxes), h2.new_zeros(6 * d + 4)
+        native_refine._tail_backward(d_refined, refined, h2, boxes, w3, 1e-2, d_h2, d_boxes, sums)
+        return d_h2, d_boxes, sums[: 4 * d].view(4, d), sums[6 * d :]
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_gradcheck_of_the_box_tail(n):
+    """Inside, near both ends, and outside [0, 1]; never within a step of a bound, where there is no derivative."""
+    h2, w3, b3 = torch.randn(6, 5).double(), torch.randn(4, 5).double(), torch.randn(4).double()
+    boxes = torch.tensor([0.3, 0.005, 0.995, -0.2, 1.3, 0.8]).double()[:, None].repeat(1, n)
+    inputs = [x.requires_grad_() for x in (h2, boxes, w3, b3)]
+    assert torch.autograd.gradcheck(Tail.apply, inputs)
+
+
+@pytest.mark.parametrize("order", ["yxwh", "xywh"])
+@pytest.mark.parametrize("kind", ["full", "one", "row"])
+def test_gradcheck_of_the_embedding(kind, order):
+    feats = 6
+    shape = {"full": (2, 3, 2 * feats), "one": (2, 3, 1), "row": (2 * feats,)}[kind]
+    inputs = [some_boxes(2, 3, 4), torch.randn(shape), torch.randn(2, 3, 2)]
+    inputs = [x.double().requires_grad_() for x in inputs]
+    with ops.backend("native"):
+        assert torch.autograd.gradcheck(
+            lambda *tensors: ops.box_position_embed(*tensors, num_feats=feats, order=order), inputs
+        )
+
+
+def many():
+    """Enough rows for several threads."""
+    return some_boxes(3, 500, 4), torch.randn(256), torch.randn(3, 500, 2)
+
+
+def every_bit(threads):
+    torch.manual_seed(0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        inputs = many()
+        with ops.backend("native"):
+            embedded = results_and_gradients(
+                ops.box_position_embed, inputs, (torch.randn(3, 500, 512), torch.randn(3, 500, 256))
+            )
+        h2, boxes, w3, b3 = torch.randn(1500, 256), some_boxes(1500, 4), torch.randn(4, 256), torch.randn(4)
+        return embedded + results_and_gradients(Tail.apply, (h2, boxes, w3, b3), (torch.randn(1500, 4),))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_same_bits_for_any_number_of_threads():
+    one = every_bit(1)
+    for threads in (2, 3, 8):
+        assert all(map(torch.equal, one, every_bit(threads)))
+
+
+def _digest(inputs, gradients):
+    """Of what the kernels alone compute, with several threads of their own."""
+    results = native_embed.forward(*inputs, 128, 1e4, "yxwh", torch.float32, True)
+    results += native_embed.backward(*gradients, *inputs, 128, 1e4, "yxwh", True, True, True)
+    return hashlib.sha256(b"".join(x.numpy().tobytes() for x in results)).hexdigest()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+def test_after_fork(monkeypatch):
+    """As in a DataLoader's worker, where torch's own threads would hang: so no op of torch runs in the child."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    inputs, gradients = many(), (torch.randn(3, 500, 512), torch.randn(3, 500, 256))
+    want = _digest(inputs, gradients)
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    child = context.Process(target=lambda: queue.put(_digest(inputs, gradients)))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+    assert queue.get() == want
+
+
+def test_other_python_threads_run_meanwhile():
+    boxes = torch.rand(1_000_000, 2)
+    ticks, done = [0], threading.Event()
+
+    def count():
+        while not done.is_set():
+            ticks[0] += 1
+            time.sleep(1e-4)
+
+    before = sys.getswitchinterval()
+    counter = threading.Thread(target=count)
+    try:
+        counter.start()
+        sys.setswitchinterval(100)  # only a released GIL lets the other thread in
+        start = ticks[0]
+        native_embed.forward(boxes, None, None, 2, 1e4, "xywh", torch.float32, True)
+        during = ticks[0] - start
+    finally:
+        sys.setswitchinterval(before)
+        done.set()
+        counter.join()
+    assert during > 0
+
+
+@pytest.mark.skipif(C.cpu_isa() == "portable", reason="this machine has the portable loops only")
+@pytest.mark.parametrize("isa", ["avx2", "portable"])
+def test_every_instruction_set(isa):
+    """The loops chosen for older machines, on this one."""
+    code = (
+        "import torch; from dab_fast.native._call import C; from tests import test_native as t\n"
+        f"assert C.cpu_isa() == {isa!r}\n"
+        "t.test_accuracy_of_sin_and_cos()\n"
+        "for d in (torch.float16, torch.bfloat16):\n"
+        "    t.test_every_half_precision_number_is_read_and_rounded_as_torch_does(d)\n"
+        "f = torch.float32\n"
+        "for kind in (None, 'full', 'one', 'row'):\n"
+        "    t.test_box_position_embed((f, f, f), kind, 'yxwh', 4, 'cpu')\n"
+        "t.test_refine_boxes_kernels((f, f), 32, 4, 0, 'cpu')\n"
+    )
+    environment = {**os.environ, "DAB_FAST_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+
+
+def test_what_the_kernels_cannot_do_is_said():
+    boxes = some_boxes(2, 4)
+    with ops.backend("native"):
+        for reason, arguments in (
+            ("num_feats up to 512, got 514", (boxes, None, None, 514)),
+            ("as precisely as boxes, torch.float32, got float64", (boxes, torch.randn(2, 8).double(), None, 4)),
+        ):
+            with pytest.raises(ops.BackendUnavailable, match=f"box_position_embed on cpu: native: .*{reason}"):
+                ops.box_position_embed(*arguments[:3], num_feats=arguments[3])
+        with pytest.raises(ops.BackendUnavailable, match="1, 2 or 4 coordinates, got 3"):
+            ops.sine_embed(boxes[:, :3])
+    assert C.MAX_FEATS == 512
+    assert _backends.why_not("native", "modulated_cross_attention", CPU) == "it has no modulated_cross_attention"
+    assert _backends.why_not("native", "box_position_embed", torch.device("meta")).endswith("got meta")
+
+
+def test_bad_calls_of_the_extension_raise():
+    rows, x = (1, 1, 2), (torch.zeros(2, 4).data_ptr(), 0, 0, 0, 4)
+    with pytest.raises(ValueError, match="num_feats must be even, from 2 to 512, got 3"):
+        C.cpu_box_position_embed(rows, 4, 3, 1e4, False, 0, x, None, None, x, None, 1)
+    with pytest.raises(ValueError, match="1, 2 or 4 coordinates, got 3"):
+        C.cpu_box_position_embed(rows, 3, 4, 1e4, False, 0, x, None, None, x, None, 1)
+    with pytest.raises(ValueError, match="dtype must be an index into DTYPES, got 9"):
+        C.cpu_box_position_embed(rows, 4, 4, 1e4, False, 0, (x[0], 9, 0, 0, 4), None, None, x, None, 1)
+    with pytest.raises(TypeError):
+        C.cpu_box_position_embed(rows, 4, 4, 1e4, False, 0, (x[0], 0), None, None, x, None, 1)
+
+
+def test_auto_on_the_cpu():
+    assert _backends._candidates("auto", "box_position_embed", "cpu", None)[0][0] == "native"
+
+
+@pytest.mark.skipif(not C.HAS_CUDA, reason="built without CUDA code")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_driver_the_error_names_cuda_and_the_call():
+    count, why = C.cuda_devices()
+    assert count == 0 and why.startswith("cudaError")
+    x = (torch.zeros(2, 64).data_ptr(), 0, 0, 0, 4)
+    with pytest.raises(RuntimeError, match=r"dab_fast: \w+ on cuda:0: cudaError\w+: "):
+        C.cuda_box_position_embed((1, 1, 2), 4, 4, 1e4, False, 0, x, None, None, x, None, 0, 0)
+
+
+@pytest.mark.gpu
+def test_a_failed_launch_names_the_kernel_and_leaves_no_error_behind():
+    x = torch.rand(2, 4, device="cuda")
+    good = (x.data_ptr(), 0, 0, 0, 4)
+    with pytest.raises(RuntimeError, match=r"dab_fast: .* on cuda:99: cudaErrorInvalidDevice"):
+        C.cuda_box_position_embed((1, 1, 2), 4, 4, 1e4, False, 0, good, None, None, good, None, 99, 0)
+    assert torch.equal(x + 1, x + 1)
+
+
+@pytest.mark.gpu
+def test_runs_on_the_current_stream_and_in_a_graph():
+    boxes, scale, logits = some_boxes(2, 300, 4, device="cuda"), torch.randn(2, 300, 256).cuda(), torch.randn(2, 300, 2)
+    logits = logits.cuda()
+    with ops.backend("native"):
+        want = ops.box_position_embed(boxes, scale, logits)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(10_000_000)
+            late = boxes + 0
+            aside = ops.box_position_embed(late, scale, logits)
+        stream.synchronize()
+        assert all(map(torch.equal, aside, want))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = ops.box_position_embed(boxes, scale, logits)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(map(torch.equal, captured, want))
