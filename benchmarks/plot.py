@@ -34,7 +34,9 @@ COLORS = {
     "flex": "#1b9e9e",
     "torch": "#388bfd",
     "triton": "#e5534b",
+    "triton_recompute": "#f0a39b",
     "native": "#2da44e",
+    "auto": "#1f8fb3",
     "floor": INK,
     "graph": "#388bfd",
 }

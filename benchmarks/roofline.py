@@ -30,8 +30,8 @@ def predict(gpu: Gpu, dtype: str = "bf16") -> list[dict[str, Any]]:
             stages = decoder_stages(Shape(batch, height=height, width=width), dtype=dtype)
             predicted = {"floor": floor_seconds(stages, gpu, dtype), "graph": graph_seconds(stages, gpu, dtype)}
             for provider, modes in counts[str(tokens)].items():
-                calls = modes["inference"]
-                if not calls["kernel_launches"]:
+                calls = modes.get("inference")
+                if calls is None or not calls["kernel_launches"]:
                     continue  # its attention goes through memory: another model's work
                 predicted[provider] = eager_seconds(stages, gpu, dtype, calls["aten_calls"], calls["kernel_launches"])
             found.append(

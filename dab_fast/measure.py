@@ -74,6 +74,8 @@ def host_syncs(fn: Callable[[], Any]) -> int:
 def saved_bytes(fn: Callable[[], Any], exclude: Iterable[Tensor] = (), *, execute_kernels: bool = True) -> int:
     """Bytes that fn()'s autograd graph keeps for backward: unique storages, without those of `exclude`.
 
+    What a checkpoint's function itself holds, such as the inputs that it reads, autograd does not know.
+
     Args:
         execute_kernels: as in `count`.
     """

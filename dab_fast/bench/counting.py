@@ -26,13 +26,14 @@ def gradients(
 ) -> dict[str, Tensor | None]:
     """Of every leaf, by name; None where it has none."""
     pairs = [(x, g) for x, g in zip(outputs, cotangent, strict=True) if x.requires_grad]
-    found = torch.autograd.grad(
-        [x for x, _ in pairs],
-        list(prepared.leaves.values()),
-        [g for _, g in pairs],
-        allow_unused=True,
-        retain_graph=retain_graph,
-    )
+    with prepared.around():
+        found = torch.autograd.grad(
+            [x for x, _ in pairs],
+            list(prepared.leaves.values()),
+            [g for _, g in pairs],
+            allow_unused=True,
+            retain_graph=retain_graph,
+        )
     return dict(zip(prepared.leaves, found, strict=True))
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dab_fast import ops
-from dab_fast.bench.workloads import WORKLOADS, Op, Prepared, Workload
+from dab_fast.bench.workloads import WORKLOADS, Op, Prepared, Workload, within
 from dab_fast.ops import _backends
 
 _OPS = tuple(kind for kind, workload in WORKLOADS.items() if issubclass(workload, Op))
@@ -59,15 +59,9 @@ def _compiled(build: Callable[[Workload], Prepared], **options: Any) -> Callable
     return compiled
 
 
-def _ours(backend: str) -> Callable[[Workload], Prepared]:
+def _ours(backend: str, **options: Any) -> Callable[[Workload], Prepared]:
     def build(work: Workload) -> Prepared:
-        prepared = work.ours()
-
-        def forward() -> tuple[Tensor, ...]:
-            with ops.backend(backend):
-                return prepared.forward()
-
-        return replace(prepared, forward=forward)
+        return within(work.ours(**options), lambda: ops.backend(backend))
 
     return build
 
@@ -89,7 +83,7 @@ def _backend(name: str) -> WhyNot:
         with ops.backend(name):
             if ops.chosen_backend() != name:
                 return f"{_backends.VARIABLE}={ops.chosen_backend()} is set"
-        needed = [work.kind] if isinstance(work, Op) else _OPS
+        needed = () if name == "auto" else (work.kind,) if isinstance(work, Op) else _OPS
         for op in needed:
             if name == "triton" and importlib.util.find_spec(f"{_backends.PACKAGES[name]}.{op}") is None:
                 return f"there is no Triton kernel of {op}"
@@ -150,6 +144,25 @@ PROVIDERS = {
             ours=True,
             counted=True,
             interpreted=True,
+        ),
+        Provider(
+            "triton_recompute",
+            "the same, keeping only the layers' inputs for backward",
+            _ours("triton", recompute=True),
+            _backend("triton"),
+            ours=True,
+            kinds=("decoder", "model"),
+            modes=("training",),
+            counted=True,
+            interpreted=True,
+        ),
+        Provider(
+            "auto",
+            "dab_fast as it comes: each op on the best backend that is trusted here",
+            _ours("auto"),
+            _backend("auto"),
+            ours=True,
+            kinds=("decoder", "model"),
         ),
         Provider("native", "dab_fast, C++ and CUDA extension", _ours("native"), _backend("native"), ours=True),
     )

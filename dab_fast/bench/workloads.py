@@ -9,6 +9,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -66,9 +67,20 @@ class Prepared:
 
     forward: Callable[[], tuple[Tensor, ...]]
     leaves: dict[str, Tensor]  # what gets a gradient in training
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext  # forward and backward run in it
 
     def parameters(self) -> list[Tensor]:
         return [x for x in self.leaves.values() if isinstance(x, nn.Parameter)]
+
+
+def within(prepared: Prepared, around: Callable[[], AbstractContextManager[Any]]) -> Prepared:
+    """The same, with `around()` entered for each forward and each backward: what is recomputed there belongs to it."""
+
+    def forward() -> tuple[Tensor, ...]:
+        with around():
+            return prepared.forward()
+
+    return Prepared(forward, prepared.leaves, around)
 
 
 @dataclass(eq=False)
@@ -90,7 +102,8 @@ class Workload:
     def sdpa(self) -> Prepared:
         raise NotImplementedError
 
-    def ours(self) -> Prepared:
+    def ours(self, **options: Any) -> Prepared:
+        """`options` are those of `accelerate`."""
         raise NotImplementedError
 
     def truth(self) -> Prepared:
@@ -210,9 +223,9 @@ class Decoder(Workload):
         peers.use_sdpa(module)
         return self._call(module, valid_mask(self.shape).flatten(1).to(self.device))
 
-    def ours(self) -> Prepared:
+    def ours(self, **options: Any) -> Prepared:
         module = self._module()
-        dab_fast.accelerate(module)
+        dab_fast.accelerate(module, **options)
         if self.shape.padded:
             return self._call(module, valid_mask(self.shape).flatten(1).to(self.device))
         return self._call(module, None, spatial_shape=(self.shape.height, self.shape.width))
@@ -332,22 +345,16 @@ class Model(Workload):
         peers.use_sdpa(module)
         return self._call(module, self.dtype)
 
-    def ours(self) -> Prepared:
+    def ours(self, **options: Any) -> Prepared:
         module = self._module()
-        dab_fast.accelerate(module)
+        dab_fast.accelerate(module, **options)
         return self._call(module, self.dtype)
 
     def truth(self) -> Prepared:
         """Ours, since the original's queries are float32."""
         module = self._module().double()
         dab_fast.accelerate(module)
-        prepared = self._call(module, torch.float64)
-
-        def forward() -> tuple[Tensor, ...]:
-            with ops.backend("torch"):
-                return prepared.forward()
-
-        return Prepared(forward, prepared.leaves)
+        return within(self._call(module, torch.float64), lambda: ops.backend("torch"))
 
     def comparable(self, outputs: tuple[Tensor, ...]) -> Tensor:
         """The predicted boxes [B, Q, 4], or the loss."""
@@ -384,7 +391,7 @@ class Op(Workload):
     def original(self) -> Prepared:
         return self._call(getattr(reference, self.kind))
 
-    def ours(self) -> Prepared:
+    def ours(self, **options: Any) -> Prepared:
         return self._call(getattr(ops, self.kind))
 
     def truth(self) -> Prepared:
