@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dab_fast.kernels.configs import AttentionConfig, key_splits
-from dab_fast.kernels.modulated_cross_attention import backward, forward
+from dab_fast.kernels.modulated_cross_attention import addressable, backward, forward
 
 NAMES = ("q_content", "q_pos", "k_content", "k_pos", "v")
 
@@ -184,8 +184,8 @@ def test_forward_and_gradients(case):
 @pytest.mark.parametrize("S", (1, 63, 64, 65, 192, 1050))
 @pytest.mark.parametrize("Q", (1, 7, 37, 300, 301))
 def test_forward_and_gradients_over_the_matrix(Q, S, dtype, padding):
-    check(Case(Q=Q, S=S, dtype=dtype, padding=padding, shared_k_pos=Q == 37))
-    check(Case(Q=Q, S=S, dtype=dtype, padding=padding, d_pos=None, H=1))
+    check(Case(Q=Q, S=S, H=1, dtype=dtype, padding=padding, shared_k_pos=Q == 37))
+    check(Case(Q=Q, S=S, H=2, B=1, dtype=dtype, padding=padding, d_pos=None))
 
 
 @pytest.mark.sweep
@@ -252,6 +252,16 @@ def test_one_gradient_alone_is_the_same(wanted):
     needs = [name == wanted for name in NAMES]
     (gradient,) = backward(problem.d_out, *arguments, every["out"], every["lse"], case.scale, 0.0, *needs)
     assert torch.equal(gradient, every[f"d_{wanted}"])
+
+
+def test_what_the_kernels_cannot_address_is_copied():
+    for strides, copied in (
+        ((0, 96, 32, 1), False),
+        ((1, 96, 32, 2), True),  # the last dimension is not dense
+        ((0, 2**25, 32, 1), True),  # 64 rows span more than 32 bits
+    ):
+        x = torch.empty_strided((2, 3, 1, 16), strides, device="meta")
+        assert (addressable(x) is not x) == copied, strides
 
 
 def test_incoming_gradient_of_any_strides():

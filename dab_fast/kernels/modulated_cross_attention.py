@@ -18,9 +18,12 @@ from dab_fast.kernels.configs import Arithmetic, AttentionConfig, AttentionKerne
 COMBINE_BLOCK_Q = 16
 
 
-def unit_stride(tensor: Tensor) -> Tensor:
-    """The tensor itself, or a copy when its last dimension is not dense."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+def addressable(tensor: Tensor) -> Tensor:
+    """The tensor itself, or a copy where its last dimension is not dense or 64 rows span more than 32 bits.
+
+    Blocks are found by 64-bit offsets; inside one they are 32 bits wide, which is a program per SM on sm_90.
+    """
+    return tensor if tensor.stride(-1) == 1 and tensor.stride(1) < 2**25 else tensor.contiguous()
 
 
 def dot_arithmetic(dtype: torch.dtype) -> Arithmetic:
@@ -50,15 +53,15 @@ def kernel_inputs(
         if x is None:
             strides += (0, 0, 0)
         else:
-            x = unit_stride(x)
+            x = addressable(x)
             strides += (x.stride(0) if x.shape[0] == batch else 0, x.stride(1), x.stride(2))
         tensors.append(x)
     mask_strides = [0, 0, 0]
     if key_padding_mask is not None:
-        key_padding_mask = unit_stride(key_padding_mask)
+        key_padding_mask = addressable(key_padding_mask)
         mask_strides[0] = key_padding_mask.stride(0)
     if attn_mask is not None:
-        attn_mask = unit_stride(attn_mask)
+        attn_mask = addressable(attn_mask)
         mask_strides[1:] = (attn_mask.stride(0) if attn_mask.dim() == 3 else 0, attn_mask.stride(-2))
     return [*tensors, key_padding_mask, attn_mask], strides, mask_strides
 
@@ -194,7 +197,7 @@ def backward(
         dk_pos_images = dk_pos.new_empty(B, S, H, DP, dtype=torch.float32)
     lse2 = torch.empty_like(lse)
     delta = torch.empty_like(lse)
-    d_out = unit_stride(d_out)
+    d_out = addressable(d_out)
     inputs, strides, mask_strides = kernel_inputs(q_content, q_pos, k_content, k_pos, v, key_padding_mask, attn_mask)
     arithmetic = dot_arithmetic(v.dtype)
     kind = arithmetic, max(D, DP, DV), attn_mask is not None or dropout_p > 0
