@@ -34,6 +34,7 @@ class Case:
     shared_k_pos: bool = False
     layout: str = "dense"
     config: AttentionConfig | None = None
+    device: str = "cpu"
 
     def __str__(self) -> str:
         default = Case()
@@ -47,7 +48,7 @@ class Case:
 def laid_out(x: Tensor, layout: str) -> Tensor:
     """The same numbers behind other strides."""
     if layout == "slices":  # a slice of the output of one wide projection
-        wide = torch.randn(*x.shape[:2], 3, *x.shape[2:]).to(x.dtype)
+        wide = torch.randn(*x.shape[:2], 3, *x.shape[2:], device=x.device).to(x.dtype)
         wide[:, :, 1] = x
         return wide[:, :, 1]
     if layout == "permuted":  # [N, B, H, d] underneath, as in the sequence-first codebases
@@ -67,7 +68,7 @@ class Problem:
     @classmethod
     def random(cls, case: Case) -> "Problem":
         def draw(*shape: int) -> Tensor:
-            return laid_out(torch.randn(shape).to(case.dtype), case.layout)
+            return laid_out(torch.randn(shape, device=case.device).to(case.dtype), case.layout)
 
         B, Q, S, H = case.B, case.Q, case.S, case.H
         inputs: dict[str, Tensor | None] = {
@@ -79,13 +80,13 @@ class Problem:
         }
         padding = hidden = None
         if case.padding is not None:
-            padding = torch.rand(B, S) < 0.3
+            padding = torch.rand(B, S, device=case.device) < 0.3
             padding[-1, S // 2 :] = True
             padding[0, : S // 3] = True
             if case.padding == "all":
                 padding[0] = True
         if case.hidden is not None:
-            hidden = torch.rand((Q, S) if case.hidden == 2 else (B * H, Q, S)) < 0.4
+            hidden = torch.rand((Q, S) if case.hidden == 2 else (B * H, Q, S), device=case.device) < 0.4
             hidden[..., Q // 2, :] = True  # one query sees nothing
         return cls(inputs, padding, hidden, draw(B, Q, H, case.d_v))
 
@@ -135,8 +136,8 @@ def assert_accurate(actual: dict[str, Tensor], problem: Problem, case: Case) -> 
         assert got.dtype == (torch.float32 if name == "lse" else case.dtype), name
         finite = reference.isfinite()
         assert torch.equal(got.isfinite(), finite), f"{name} must be finite where the exact value is"
-        error = (got.double() - reference)[finite].abs().max() if finite.any() else torch.zeros(())
-        own = (pytorch[name].double() - reference)[finite].abs().max() if finite.any() else torch.zeros(())
+        error = (got.double() - reference)[finite].abs().max() if finite.any() else exact["lse"].new_zeros(())
+        own = (pytorch[name].double() - reference)[finite].abs().max() if finite.any() else exact["lse"].new_zeros(())
         allowed = 2 * own + FLOOR[case.dtype] * max(1.0, reference[finite].abs().max() if finite.any() else 0.0)
         assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}, PyTorch's own {own:.2e}"
 
@@ -176,6 +177,15 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_forward_and_gradients(case):
     check(case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ("ieee", "tf32"))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", [*CASES, Case(Q=300, S=1050, H=8), Case(Q=300, S=1050, H=8, padding="all")], ids=str)
+def test_forward_and_gradients_on_a_gpu(case, dtype, precision, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", precision)
+    check(replace(case, dtype=dtype, device="cuda"))
 
 
 @pytest.mark.sweep

@@ -31,13 +31,13 @@ class AttentionConfig:
 
 _ATTENTION: dict[tuple[Arithmetic, AttentionKernel, int], AttentionConfig] = {
     ("half", "forward", 32): AttentionConfig(64, 64, 4, 3),
-    ("half", "forward", 64): AttentionConfig(64, 64, 4, 2),
+    ("half", "forward", 64): AttentionConfig(64, 32, 4, 3),
     ("half", "query", 32): AttentionConfig(64, 64, 4, 2),
     ("half", "query", 64): AttentionConfig(64, 32, 4, 2),
     ("half", "key", 32): AttentionConfig(32, 64, 4, 2),
     ("half", "key", 64): AttentionConfig(32, 64, 4, 2),
-    ("tf32", "forward", 32): AttentionConfig(64, 32, 4, 2),
-    ("tf32", "forward", 64): AttentionConfig(64, 32, 4, 2),
+    ("tf32", "forward", 32): AttentionConfig(64, 32, 4, 3),
+    ("tf32", "forward", 64): AttentionConfig(64, 32, 4, 3),
     ("tf32", "query", 32): AttentionConfig(64, 32, 4, 2),
     ("tf32", "query", 64): AttentionConfig(64, 32, 4, 2),
     ("tf32", "key", 32): AttentionConfig(32, 64, 4, 2),

@@ -162,8 +162,8 @@ def backward(
     key_padding_mask: Tensor | None,  # [B, S] bool, True = padded
     attn_mask: Tensor | None,  # [Q, S] or [B·H, Q, S] bool, True = hidden
     rng: Tensor | None,  # [2] int64, as given to the forward
-    out: Tensor,  # [B, Q, H, DV], contiguous
-    lse: Tensor,  # [B, H, Q], contiguous
+    out: Tensor,  # [B, Q, H, DV], of the forward
+    lse: Tensor,  # [B, H, Q], of the forward
     scale: float,
     dropout_p: float,
     need_q_content: bool,
@@ -195,9 +195,8 @@ def backward(
     dk_pos_images = dk_pos
     if dk_pos is not None and dk_pos.shape[0] != B:
         dk_pos_images = dk_pos.new_empty(B, S, H, DP, dtype=torch.float32)
-    lse2 = torch.empty_like(lse)
-    delta = torch.empty_like(lse)
-    d_out = addressable(d_out)
+    d_out, out, lse = addressable(d_out), out.contiguous(), lse.contiguous()
+    lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
     inputs, strides, mask_strides = kernel_inputs(q_content, q_pos, k_content, k_pos, v, key_padding_mask, attn_mask)
     arithmetic = dot_arithmetic(v.dtype)
     kind = arithmetic, max(D, DP, DV), attn_mask is not None or dropout_p > 0
