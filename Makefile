@@ -25,7 +25,7 @@ lint: $(VENV)/.for-test
 	$(BIN)/mypy
 
 $(VENV)/.for-demo: EXTRAS := demo
-$(VENV)/.for-test: EXTRAS := hf,demo,bench,test
+$(VENV)/.for-test: EXTRAS := test
 
 $(VENV)/.for-demo $(VENV)/.for-test: $(SOURCES) | $(BIN)/python
 	$(BIN)/pip install -c constraints.txt -e '.[$(EXTRAS)]'
