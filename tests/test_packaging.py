@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -152,25 +153,25 @@ def test_installed_package_is_whole(tmp_path):
 @pytest.mark.sweep
 @pytest.mark.parametrize("isolation", [True, False])
 def test_editable_installation(tmp_path, isolation):
-    """pip install -e ., with and without build isolation, beside the torch that is here."""
-    copy = tmp_path / "source"
-    subprocess.run(["git", "clone", "-q", ROOT, copy], check=True)
-    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
-    python = tmp_path / "venv" / "bin" / "python"
-    here = next(Path(path) for path in sys.path if path.endswith("site-packages"))
-    site = next((tmp_path / "venv" / "lib").glob("python3*")) / "site-packages"
-    (site / "here.pth").write_text(f"{here}\n")
+    """pip install -e ., with and without build isolation, beside the torch and the build tools that are here."""
+    copy, venv = tmp_path / "source", tmp_path / "venv"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def run(*command):
+        done = subprocess.run(list(map(str, command)), cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout
+
+    run("git", "clone", "-q", ROOT, copy)
+    run(sys.executable, "-m", "venv", "--without-pip", venv)
+    here = next(path for path in sys.path if path.endswith("site-packages"))
+    (next((venv / "lib").glob("python3*")) / "site-packages" / "here.pth").write_text(f"{here}\n")
     flags = [] if isolation else ["--no-build-isolation"]
-    subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", *flags, "-e", copy], check=True)
-    where = subprocess.run(
-        [python, "-c", "import dab_fast; print(dab_fast.__file__)"],
-        cwd=tmp_path,
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
-    assert Path(where.strip()).is_relative_to(copy)
-    subprocess.run([tmp_path / "venv" / "bin" / "dab-fast", "--help"], check=True, capture_output=True)
+    run(venv / "bin/python", "-m", "pip", "install", "-q", "--no-deps", *flags, "-e", copy)
+    assert Path(run(venv / "bin/python", "-c", "import dab_fast; print(dab_fast.__file__)").strip()).is_relative_to(
+        copy
+    )
+    assert "selftest" in run(venv / "bin/dab-fast", "--help")
 
 
 def test_what_the_readme_says_exists():
