@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dab_fast import measure, ops, reference
+from dab_fast import build_info, measure, ops, reference
 from dab_fast.decoder import DabDecoder
 from dab_fast.ops import _backends
 
@@ -140,6 +140,7 @@ def run(device: torch.device, say: Callable[[str], None]) -> bool:
         fine = fine and result.fine
         say(f"{'ok  ' if result.fine else 'FAIL'}  {what}  {result}")
     say("every result is within its tolerance" if fine else "FAIL: a result is wrong")
+    say(str(build_info()))
     return fine
 
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+import dab_fast
 from dab_fast import DabDecoder, cli, demo, selftest
 from tests.models import huggingface_model
 
@@ -203,6 +204,7 @@ def test_selftest_passes():
                 for line in result.stdout.splitlines()
             )
     assert "FAIL" not in result.stdout
+    assert result.stdout.rstrip().endswith(str(dab_fast.build_info()))
 
 
 @pytest.mark.parametrize("op", ["box_position_embed", "modulated_cross_attention", "refine_boxes"])
