@@ -205,13 +205,13 @@ def _scale_kind(boxes: Tensor, scale: Tensor | None) -> str:
     return "element" if scale.dim() == boxes.dim() else "feature"
 
 
-def _options(rows: int, num_feats: int, temperature: float, order: str) -> dict[str, Any]:
+def _options(rows: int, num_feats: int, temperature: float, order: str, backward: bool) -> dict[str, Any]:
     """Few rows are spread over the chip; many rows share the frequencies, which cost as much as a row's sines.
 
     The interpreter takes its time per program, whatever its size.
     """
     feats = triton.next_power_of_2(num_feats)
-    tile = 16384 if INTERPRET else 512 if rows <= 2048 else 2048
+    tile = 16384 if INTERPRET else 2048 if rows > 2048 else 256 if backward else 512
     return {
         "NUM_FEATS": num_feats,
         "DECAY": 2 * math.log(temperature) / num_feats,
@@ -242,7 +242,7 @@ def forward(
     if rows == 0:
         return results
     kind = _scale_kind(boxes, scale)
-    options = _options(rows, num_feats, temperature, order)
+    options = _options(rows, num_feats, temperature, order, False)
     boxes, s_boxes = rows_of(boxes)
     scale, s_scale = (None, 0) if scale is None else rows_of(scale)
     logits, s_logits = (None, 0) if ref_size_logits is None else rows_of(ref_size_logits)
@@ -282,7 +282,7 @@ def backward(
     *lead, coords = boxes.shape
     rows = math.prod(lead)
     kind = _scale_kind(boxes, scale)
-    options = _options(rows, num_feats, temperature, order)
+    options = _options(rows, num_feats, temperature, order, True)
     programs = triton.cdiv(rows, options["ROWS"])
     d_boxes = torch.empty_like(boxes, memory_format=torch.contiguous_format) if need_boxes else None
     d_scale = d_logits = None
@@ -342,7 +342,6 @@ def compile_cases() -> list[CompileCase]:
             "p_d_scale": (element if scale != "feature" else "fp32") if given else None,
         }
         options = {
-            **_options(rows, 128, 10000.0, "yxwh"),
             "COORDS": 4,
             "QUERY": query,
             "SCALE": scale if given else "none",
@@ -357,11 +356,11 @@ def compile_cases() -> list[CompileCase]:
                     kernel=kernel,
                     pointers=pointers,
                     floats=(),
-                    options={**options, **more},
+                    options={**_options(rows, 128, 10000.0, "yxwh", bool(more)), **options, **more},
                     tensor_cores=False,
                     default=(scale, element, rows) == ("element", "fp32", 300),
                     # The forward reads a row's few numbers and writes; a small call has no 16 bytes per thread.
-                    wide_loads=0.7 if more and rows > 300 else 0.0,
+                    wide_loads=0.6 if more and rows > 300 else 0.0,
                 )
             )
     return cases

@@ -110,13 +110,11 @@ def forward_kernel(
     b_h2 = tl.maximum(b_h2 + b_bias[None, :], 0.0)
     if KEEP:
         tl.store(p_h2 + o_row[:, None] * D + o_d[None, :], b_h2, mask=m_m[:, None] & m_d[None, :])
-    for j in tl.static_range(4):
+    for j in range(4):  # not unrolled, which would take the registers of four rows of W3
         b_w = tl.load(p_w3 + j * D + o_d, mask=m_d, other=0.0).to(tl.float32)
         b_y = tl.sum(b_h2 * b_w[None, :], 1) + tl.load(p_b3 + j).to(tl.float32)
-        if j < COORDS:
-            b_box = tl.load(p_boxes + o_row * s_boxes + j, mask=m_m, other=0.5).to(tl.float32)
-            b_y += _inverse_sigmoid(b_box, EPS)
-        tl.store(p_refined + o_row * 4 + j, sigmoid(b_y), mask=m_m)
+        b_box = tl.load(p_boxes + o_row * s_boxes + j, mask=m_m & (j < COORDS), other=0.5).to(tl.float32)
+        tl.store(p_refined + o_row * 4 + j, sigmoid(b_y + _inverse_sigmoid(b_box, EPS)), mask=m_m)
 
 
 @triton.jit(do_not_specialize=["rows", "s_boxes", "s_d_refined"])
@@ -219,12 +217,12 @@ def backward_kernel(
             tl.store(p_x, b_d_hidden, mask=m_m[:, None] & m_d[None, :])
 
 
-def _options(rows: int, d: int, coords: int, eps: float, layered: bool, wide: bool, backward: bool) -> dict[str, Any]:
+def _options(rows: int, d: int, coords: int, eps: float, layered: bool, tall: bool) -> dict[str, Any]:
     """Tiles that spill no register on sm_80, sm_90 and sm_100 (`python -m benchmarks.kernel_budget`).
 
-    Short ones while there are fewer tiles than multiprocessors; then, where the weights are as `wide` as float32, 64
-    rows in the forward, the height of a Hopper tensor-core instruction. The interpreter takes its time per program
-    and loop, whatever their size.
+    Short ones while there are fewer tiles than multiprocessors. `tall` tiles have 64 rows, the height of a Hopper
+    tensor-core instruction, for which only a forward in float32 that keeps no activations has the registers. The
+    interpreter takes its time per program and loop, whatever their size.
     """
     width = max(16, triton.next_power_of_2(d))
     few = rows <= 2048
@@ -237,10 +235,8 @@ def _options(rows: int, d: int, coords: int, eps: float, layered: bool, wide: bo
         m, n, k = 16, 16, 64
     elif few:
         m, n, k = 16, 32, 64
-    elif backward:
-        m, n, k = 32, 32, 32
     else:
-        m, n, k = (64, 32, 32) if wide else (32, 32, 64)
+        m, n, k = (64, 32, 16) if tall else (32, 32, 32)
     return {
         "EPS": eps,
         "D": d,
@@ -276,7 +272,7 @@ def forward(
     rows = refined.numel() // (4 * layers) if layers else 0
     if rows == 0:
         return results
-    options = _options(rows * layers, d, boxes.shape[-1], eps, w1.dim() == 3, w1.element_size() == 4, False)
+    options = _options(rows * layers, d, boxes.shape[-1], eps, w1.dim() == 3, not keep and w1.element_size() == 4)
     half = hidden.element_size() == 2 and w1.element_size() == 2  # tf32 holds such factors exactly
     hidden, s_hidden = rows_of(hidden)
     boxes, s_boxes = rows_of(boxes)
@@ -316,7 +312,7 @@ def backward(
     d = hidden.shape[-1]
     layers = w1.shape[0] if w1.dim() == 3 else 1
     rows = refined.numel() // (4 * layers) if layers else 0
-    options = _options(rows * layers, d, boxes.shape[-1], eps, w1.dim() == 3, w1.element_size() == 4, True)
+    options = _options(rows * layers, d, boxes.shape[-1], eps, w1.dim() == 3, False)
     programs = triton.cdiv(rows, options["BLOCK_M"])
     d_hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if need_hidden else None
     d_boxes = torch.empty(boxes.shape, dtype=boxes.dtype, device=hidden.device) if need_boxes else None
@@ -372,7 +368,6 @@ def compile_cases() -> list[CompileCase]:
         weights = dict.fromkeys(("p_hidden", "p_w1", "p_b1", "p_w2", "p_b2", "p_w3", "p_b3", "p_d_hidden"), element)
         boxes = dict.fromkeys(("p_boxes", "p_refined", "p_d_refined", "p_d_boxes"), "fp32")
         sums = dict.fromkeys(("p_d_h1", "p_d_h2", "p_sums"), "fp32")
-        options = [_options(rows, d, 4, 1e-3, False, element == "fp32", backward) for backward in (False, True)]
         first = {"FIRST": "tf32x3" if element == "fp32" else "tf32"}
         needs = {"NEED_HIDDEN": True, "NEED_BOXES": True, "NEED_WEIGHTS": True}
         usual = (d, element, rows) == (256, "fp32", 300)
@@ -383,7 +378,7 @@ def compile_cases() -> list[CompileCase]:
                 kernel=forward_kernel,
                 pointers={**weights, **boxes, **(kept if keep else dict.fromkeys(kept))},
                 floats=(),
-                options={**options[0], **first, "KEEP": keep},
+                options={**_options(rows, d, 4, 1e-3, False, element == "fp32" and not keep), **first, "KEEP": keep},
                 tensor_cores=True,
                 default=usual and keep,
                 wide_loads=wide_loads,
@@ -396,7 +391,7 @@ def compile_cases() -> list[CompileCase]:
                 kernel=backward_kernel,
                 pointers={**weights, **boxes, **kept, **sums},
                 floats=(),
-                options={**options[1], **needs},
+                options={**_options(rows, d, 4, 1e-3, False, False), **needs},
                 tensor_cores=True,
                 default=usual,
                 wide_loads=wide_loads,
