@@ -2,9 +2,9 @@
 
     python -m benchmarks.kernel_budget [--arch 80,90,100] [--default] [--match TEXT] [--json] [--jobs 2]
 
-Exit code 1 when a kernel breaks its budget: registers spill; dots meant for tensor cores are not on them; less of
-the bytes of its global loads, masks aside, come in 16-byte instructions than the case asks for; more shared memory than
-the chip has.
+Exit code 1 when a kernel breaks its budget: registers spill in a loop, or more than eight outside; dots meant for
+tensor cores are not on them; less of the bytes of its global loads, masks aside, come in 16-byte instructions than the
+case asks for; more shared memory than the chip has.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
 TENSOR_CORES = re.compile(r"(HMMA|HGMMA|UTC\w*MMA)\b")
 GLOBAL_LOAD = re.compile(r"(LDG|LDGSTS)\b")
+SPILL = re.compile(r"(STL|LDL)\b")
+LABEL = re.compile(r"^\.(\w+):")
+BRANCH = re.compile(r"\bBRA\b.*`\(\.(\w+)\)")
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Budget:
     arch: int
     registers: int
     spills: int  # instructions that write or read local memory
+    spills_in_loops: int
     shared: int  # bytes
     programs_per_sm: int
     instructions: int
@@ -82,6 +86,17 @@ def load_bytes(instruction: str) -> int:
     return 4
 
 
+def loops(code: str) -> str:
+    """The lines of a disassembly between a label and a later branch to it."""
+    lines = code.splitlines()
+    labels = {found[1]: i for i, line in enumerate(lines) if (found := LABEL.match(line.strip()))}
+    inside: set[int] = set()
+    for i, line in enumerate(lines):
+        if found := BRANCH.search(line):
+            inside.update(range(labels.get(found[1], i), i))
+    return "\n".join(lines[i] for i in sorted(inside))
+
+
 def measure(arch: int, name: str) -> Budget:
     case = cases()[name]
     types, constants, alignments = case.signature()
@@ -95,7 +110,8 @@ def measure(arch: int, name: str) -> Budget:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         registers = int(re.search(r"REG:(\d+)", _tool("cuobjdump", "--dump-resource-usage", cubin.name))[1])
-        counts = Counter(INSTRUCTION.findall(_tool("nvdisasm", "-c", cubin.name)))
+        code = _tool("nvdisasm", "-c", cubin.name)
+    counts = Counter(INSTRUCTION.findall(code))
 
     def count(pattern: str) -> int:
         return sum(n for instruction, n in counts.items() if re.match(pattern, instruction))
@@ -104,12 +120,14 @@ def measure(arch: int, name: str) -> Budget:
     loads = {i: n * load_bytes(i) for i, n in counts.items() if GLOBAL_LOAD.match(i) and load_bytes(i) > 1}
     wide = sum(size for i, size in loads.items() if load_bytes(i) >= 16)
     share = wide / max(sum(loads.values()), 1)
-    spills = count(r"(STL|LDL)\b")
+    spills = count(SPILL.pattern)
+    spills_in_loops = sum(bool(SPILL.match(instruction)) for instruction in INSTRUCTION.findall(loops(code)))
     tensor_cores = count(TENSOR_CORES.pattern)
     chip, shared = lookup(f"sm_{arch}"), compiled.metadata.shared
     broken = []
-    if spills:
-        broken.append(f"{spills} instructions spill registers")
+    # ptxas parks a value or two of the epilogue in local memory to fit one more program on an SM: a good trade.
+    if spills_in_loops or spills > 8:
+        broken.append(f"{spills} instructions spill registers, {spills_in_loops} of them in loops")
     if case.tensor_cores and not tensor_cores:
         broken.append("no tensor-core instruction")
     if share < case.wide_loads:
@@ -121,6 +139,7 @@ def measure(arch: int, name: str) -> Budget:
         arch,
         registers,
         spills,
+        spills_in_loops,
         shared,
         compute(chip, registers, 32 * num_warps, smem_dynamic=shared).blocks_per_sm,
         sum(counts.values()),
@@ -157,7 +176,8 @@ def main() -> int:
 
 def _print(budget: Budget) -> None:
     print(
-        f"sm_{budget.arch} {budget.name:44} {budget.registers:3} registers {budget.shared:6} B shared "
+        f"sm_{budget.arch} {budget.name:44} {budget.registers:3} registers {budget.spills:2} spills "
+        f"{budget.shared:6} B shared "
         f"{budget.programs_per_sm:2} programs/SM {budget.instructions:5} instructions "
         f"{budget.tensor_cores:3} tensor-core {budget.wide_load_share:4.0%} wide loads"
         + "".join(f"  BROKEN: {reason}" for reason in budget.broken),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.kernel_budget import GLOBAL_LOAD, INSTRUCTION, TENSOR_CORES, load_bytes
+from benchmarks.kernel_budget import GLOBAL_LOAD, INSTRUCTION, TENSOR_CORES, load_bytes, loops
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,3 +66,16 @@ def test_machine_code_is_read_right():
     assert [i for i in found if GLOBAL_LOAD.match(i)] == ["LDG.E.128"]
     sizes = {"LDG.E": 4, "LDG.E.U8": 1, "LDG.E.64.CONSTANT": 8, "LDGSTS.E.BYPASS.128": 16, "LDG.E.U16": 2}
     assert {i: load_bytes(i) for i in sizes} == sizes
+
+
+def test_loops_are_found():
+    code = """
+        /*0000*/                   STL [R1], R12 ;
+.L_x_1:
+        /*0010*/                   FADD R1, R1, R2 ;
+        /*0020*/              @!P0 BRA `(.L_x_2) ;
+        /*0030*/               @P1 BRA `(.L_x_1) ;
+.L_x_2:
+        /*0040*/                   LDL.LU R18, [R1] ;
+"""
+    assert INSTRUCTION.findall(loops(code)) == ["FADD", "BRA"]
