@@ -13,6 +13,7 @@ from dab_fast.checkpoint import load_checkpoint
 from dab_fast.config import DecoderConfig
 from dab_fast.decoder import DabDecoder
 from dab_fast.ops import box_position_embed, modulated_cross_attention, refine_boxes, sine_embed
+from dab_fast.warmup import warmup
 
 __version__ = "0.1.0"
 
@@ -28,4 +29,5 @@ __all__ = [
     "refine_boxes",
     "restore",
     "sine_embed",
+    "warmup",
 ]
