@@ -25,6 +25,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+MIN_ROUNDS = 3
+
 # Calls that launch nothing, though their schemas do not say that they return a view.
 _ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
 _READS_ON_THE_HOST = {torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__}
@@ -182,9 +184,9 @@ def interleaved_times(
     by events and by the wall clock.
 
     Args:
-        rounds: at most this many, at least one.
+        rounds: at most this many.
         warmup: untimed calls of each fn before the rounds.
-        seconds: no new round starts after this long.
+        seconds: no new round starts after this long, but for the first three.
         rest: seconds to sleep before each timed call.
     """
     device = torch.device(device)
@@ -198,7 +200,7 @@ def interleaved_times(
     devices: dict[str, list[float]] = {name: [] for name in names}
     started = time.perf_counter()
     for i in range(rounds):
-        if i and time.perf_counter() - started > seconds:
+        if i >= MIN_ROUNDS and time.perf_counter() - started > seconds:
             break
         for name in names[i % len(names) :] + names[: i % len(names)]:
             if rest:

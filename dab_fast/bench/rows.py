@@ -47,6 +47,10 @@ COLUMNS = (
 ERROR_FLOOR = {"fp32": 5e-6, "fp16": 2e-4, "bf16": 1e-3}
 
 
+# A row whose 80th percentile is this many times its 20th was measured on a busy machine.
+BUSY = 1.5
+
+
 def accurate(error: float | None, peer_error: float | None, dtype: str) -> bool:
     """Whether an error against float64 is at most twice that of the baseline, plus the floor of the dtype."""
     if error is None or peer_error is None:
@@ -163,8 +167,13 @@ def append(path: Path, rows: Iterable[Row], *, replace: bool = False) -> list[Ro
     return refused
 
 
+def busy(row: Row) -> bool:
+    """Whether the times of a row differ too much to say much: something else ran on the machine."""
+    return bool(row.get("p20_ms")) and row["p80_ms"] > BUSY * row["p20_ms"]
+
+
 def table(rows: Iterable[Row]) -> str:
-    """The rows as text, one block per case, the baseline first."""
+    """The rows as text, one block per case, the baseline first; "~" after a speed-up marks times of a busy machine."""
     blocks: dict[tuple, list[Row]] = {}
     for row in rows:
         blocks.setdefault(tuple(row[c] for c in WHAT if c != "provider"), []).append(row)
@@ -175,8 +184,10 @@ def table(rows: Iterable[Row]) -> str:
         head = ("p50 ms", "p20", "p80", "speed-up", "error", "peak MB", "saved MB", "ATen", "kernels", "syncs", "floor")
         lines.append(f"  {'provider':12}" + "".join(f"{h:>10}" for h in head))
         for row in block:
-            if row["accurate"] or row["accurate"] is None:
-                speedup = "-" if row.get("speedup") is None else f"{row['speedup']:.2f}x"
+            if row.get("speedup") is not None:
+                speedup = f"{row['speedup']:.2f}x{'~' * (busy(row) or busy(block[0]))}"
+            elif row["accurate"] or row["accurate"] is None:
+                speedup = "-"
             else:
                 speedup = "inexact" if row.get("error") is not None else "unchecked"
             cells = (
