@@ -2,9 +2,9 @@
 
     python -m benchmarks.kernel_budget [--arch 80,90,100] [--default] [--match TEXT] [--json] [--jobs 2]
 
-Exit code 1 when a kernel breaks its budget: registers spill in a loop, or more than eight outside; dots meant for
-tensor cores are not on them; less of the bytes of its global loads, masks aside, come in 16-byte instructions than the
-case asks for; more shared memory than the chip has.
+Exit code 1 when a kernel breaks its budget: more than eight instructions spill registers, or more than two in loops;
+dots meant for tensor cores are not on them; less of the bytes of its global loads, masks aside, come in 16-byte
+instructions than the case asks for; more shared memory than the chip has.
 """
 
 from __future__ import annotations
@@ -125,8 +125,8 @@ def measure(arch: int, name: str) -> Budget:
     tensor_cores = count(TENSOR_CORES.pattern)
     chip, shared = lookup(f"sm_{arch}"), compiled.metadata.shared
     broken = []
-    # ptxas parks a value or two of the epilogue in local memory to fit one more program on an SM: a good trade.
-    if spills_in_loops or spills > 8:
+    # ptxas parks a few values in local memory, mostly of the epilogue, to fit one more program on an SM: a good trade.
+    if spills_in_loops > 2 or spills > 8:
         broken.append(f"{spills} instructions spill registers, {spills_in_loops} of them in loops")
     if case.tensor_cores and not tensor_cores:
         broken.append("no tensor-core instruction")

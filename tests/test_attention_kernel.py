@@ -14,8 +14,8 @@ NAMES = ("q_content", "q_pos", "k_content", "k_pos", "v")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# What is left where PyTorch's own error vanishes, in units of the largest result. With one key dP - D is zero exactly,
-# here it is the difference of two fp32 sums of d_v products. In half precision, one rounding of the stored result.
+# What is left where PyTorch's own error vanishes, in units of the largest result: in half precision, one rounding of it.
+# In fp32, a few of the sums over d_v in dP - D, which with one key cancels to nothing: there, of the other results.
 FLOOR = {torch.float32: 16 * 2**-23, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 
 
@@ -130,15 +130,19 @@ def assert_accurate(actual: dict[str, Tensor], problem: Problem, case: Case) -> 
     """At most twice PyTorch's own error in the dtype, and a floor."""
     exact, pytorch = problem.expected(case, torch.float64), problem.expected(case, case.dtype)
     assert actual.keys() == exact.keys()
+    largest = {name: x[x.isfinite()].abs().max().item() if x.isfinite().any() else 0.0 for name, x in exact.items()}
     for name, reference in exact.items():
         got = actual[name]
         assert got.shape == reference.shape, name
         assert got.dtype == (torch.float32 if name == "lse" else case.dtype), name
         finite = reference.isfinite()
         assert torch.equal(got.isfinite(), finite), f"{name} must be finite where the exact value is"
-        error = (got.double() - reference)[finite].abs().max() if finite.any() else exact["lse"].new_zeros(())
-        own = (pytorch[name].double() - reference)[finite].abs().max() if finite.any() else exact["lse"].new_zeros(())
-        allowed = 2 * own + FLOOR[case.dtype] * max(1.0, reference[finite].abs().max() if finite.any() else 0.0)
+        if not finite.any():
+            continue
+        error = (got.double() - reference)[finite].abs().max().item()
+        own = (pytorch[name].double() - reference)[finite].abs().max().item()
+        unit = max(1.0, largest[name] if largest[name] > 1e-12 else max(largest.values()))
+        allowed = 2 * own + FLOOR[case.dtype] * unit
         assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}, PyTorch's own {own:.2e}"
 
 
@@ -359,6 +363,7 @@ def test_keys_are_split_to_fill_the_processor():
         key_splits(40, 17, sms) == 4
     )  # one image, 300 queries in 5 blocks, 8 heads, 1050 keys: each split has 4 blocks
     assert key_splits(40, 66, sms) == 6  # 4200 keys: two programs on each SM
+    assert key_splits(8, 66, sms) == 8  # few queries: as many as the combine kernel takes
     assert key_splits(40, 5, sms) == 1  # self-attention
     assert key_splits(1280, 66, sms) == 1  # 32 images fill it as they are
 

@@ -1,10 +1,10 @@
 """How the attention kernels are launched: tiles, warps and pipeline stages by arithmetic and head width.
 
 Nothing is tuned during a user's step. The rows come from offline compilation (`python -m benchmarks.kernel_budget`): on
-sm_80, sm_90 and sm_100 alike no register spills in a loop, and on sm_90 the decoder's own heads in half precision leave
-room for three to six programs per SM. Half-precision and tf32 tiles have 64 rows where they can, the height of a Hopper
-tensor-core instruction. Exact fp32 dots run on the ordinary multipliers and hold whole rows of both operands in
-registers, hence the small tiles.
+sm_80, sm_90 and sm_100 alike no loop spills registers to speak of, and on sm_90 the decoder's own heads in half
+precision leave room for three to six programs per SM. Half-precision and tf32 tiles have 64 rows where they can, the
+height of a Hopper tensor-core instruction. Exact fp32 dots run on the ordinary multipliers and hold whole rows of both
+operands in registers, hence the small tiles.
 """
 
 import functools
@@ -84,9 +84,9 @@ def key_splits(
     """How many programs share the keys of one query block.
 
     Up to two programs per SM, as long as each keeps four blocks of keys: with fewer the pipeline never fills and the
-    combine kernel costs more than it saves.
+    combine kernel costs more than it saves. The combine kernel has registers for eight.
     """
-    return max(1, min(2 * num_sms // programs, key_blocks // 4))
+    return max(1, min(2 * num_sms // programs, key_blocks // 4, 8))
 
 
 @functools.cache
