@@ -222,4 +222,6 @@ def _table(comparison: Comparison) -> Table:
         f"{calls.accelerated:.0f}",
         f"{calls.original - calls.accelerated:.0f} fewer",
     )
+    if c.own_kernels.accelerated:
+        table.add_row("decoder, own kernels", "", f"{c.own_kernels.accelerated:.0f}", "beside these")
     return table

@@ -78,6 +78,7 @@ class Comparison:
     rounds: int  # timed, of the fewest of the four
     times_vary: float  # the slowest round over the fastest, of the worst of the four
     aten_calls: Pair  # of the decoder
+    own_kernels: Pair  # of the decoder: launches of this package's kernels, which are no ATen calls
     stepped_aside: dict[str, dict[str, int]]  # module to reason to number of calls
 
     @property
@@ -322,7 +323,7 @@ def run(
             decoders = {"original": original_decoder, "accelerated": accelerated_decoder}
             anchors = accelerated_decoder().reference_points[0]
             say("counting ATen calls")
-            calls = {key: measure.aten_calls(call) for key, call in decoders.items()}
+            counts = [measure.count(call) for call in (original_decoder, accelerated_decoder)]
             say("timing the decoders, then the whole models, in turn")
             models = {"original": lambda: original(pixel_values), "accelerated": lambda: accelerated(pixel_values)}
             times = [
@@ -360,7 +361,8 @@ def run(
         model_ms=milliseconds[1],
         rounds=min(len(times) for times in rounds),
         times_vary=max(max(times) / min(times) for times in rounds),
-        aten_calls=Pair(calls["original"], calls["accelerated"]),
+        aten_calls=Pair(*(c.aten.total() for c in counts)),
+        own_kernels=Pair(*(c.kernels.total() for c in counts)),
         stepped_aside=report.stepped_aside,
     )
     answers = [Detections(x.logits[0].float().cpu(), x.pred_boxes[0].float().cpu()) for x in (exact, ours)]
