@@ -25,7 +25,7 @@ def pytest_addoption(parser):
     group.addoption("--device", default=None, help="cpu or cuda; default: a GPU where there is one")
     group.addoption("--results", type=Path, default=RESULTS, help="folder of the CSV files (%(default)s)")
     group.addoption("--replace", action="store_true", help="replace rows of the same commit and day")
-    group.addoption("--seconds", type=float, default=5.0, help="of timed rounds per case (%(default)s)")
+    group.addoption("--seconds", type=float, default=3.0, help="of timed rounds per case (%(default)s)")
     group.addoption("--rounds", type=int, default=0, help="at most this many; default: 30 on a CPU, 200 on a GPU")
 
 
