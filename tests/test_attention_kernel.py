@@ -14,8 +14,8 @@ NAMES = ("q_content", "q_pos", "k_content", "k_pos", "v")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# What is left where PyTorch's own error vanishes, in units of the largest result: in half precision, one rounding of it.
-# In fp32, a few of the sums over d_v in dP - D, which with one key cancels to nothing: there, of the other results.
+# What is left where PyTorch's own error vanishes, in units of the largest result. In half precision, one rounding; in
+# fp32, a few of the sums over d_v in dP - D, which with one key cancels to nothing: there, of the other results.
 FLOOR = {torch.float32: 16 * 2**-23, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 
 

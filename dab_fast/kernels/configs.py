@@ -56,6 +56,7 @@ _CROWDED: dict[tuple[Arithmetic, AttentionKernel, int], AttentionConfig] = {
     ("half", "query", 32): AttentionConfig(64, 32, 4, 2),
     ("half", "query", 64): AttentionConfig(64, 32, 8, 2),
     ("half", "key", 64): AttentionConfig(32, 32, 4, 2),
+    ("tf32", "forward", 64): AttentionConfig(32, 32, 4, 1),
     ("tf32", "query", 64): AttentionConfig(32, 32, 4, 2),
     ("tf32", "key", 32): AttentionConfig(32, 32, 4, 2),
     ("ieee", "forward", 32): AttentionConfig(32, 32, 8, 2),
