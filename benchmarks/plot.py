@@ -200,8 +200,8 @@ def counts() -> Any:
     for panel in axes:
         panel.set_yticks(range(len(providers)), providers if panel is axes[0] else [""] * len(providers))
         panel.tick_params(axis="y", length=0)
-        panel.invert_yaxis()
         panel.margins(x=0.45)
+        panel.set_ylim(len(providers) - 0.5, -0.5)
     used = ", ".join(f"{name} {number}" for name, number in committed["versions"].items())
     figure.suptitle("The decoder at B = 1: counted, exact on any machine", color=INK)
     figure.supxlabel(used, fontsize=8, color=INK)
