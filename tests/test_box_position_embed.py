@@ -62,7 +62,7 @@ class Case:
 def laid_out(x: Tensor, layout: str) -> Tensor:
     """The same numbers behind other strides."""
     if layout == "permuted":  # the leading dimensions in another order underneath
-        return x.mT.contiguous().mT if x.dim() == 2 else x.transpose(0, 1).contiguous().transpose(0, 1)
+        return x.transpose(0, 1).contiguous().transpose(0, 1) if x.dim() > 1 else x
     if layout == "sliced":  # part of a wider row
         return torch.cat((torch.randn(*x.shape[:-1], 3).to(x.dtype), x, x), -1)[..., 3 : 3 + x.shape[-1]]
     if layout == "columns":  # the last dimension is not dense
@@ -111,10 +111,9 @@ def test_forward_and_gradients(case):
 @pytest.mark.parametrize("scale", ("element", "row", "feature", "number", None))
 @pytest.mark.parametrize("queries", (0, 1, 7, 37, 300, 301))
 def test_forward_and_gradients_over_the_matrix(queries, scale, dtype):
-    for coords, order, feats in itertools.product((2, 4), ("yxwh", "xywh"), (10, 128)):
-        for layout in ("dense", "permuted", "sliced", "columns"):
-            lead = (2, queries)
-            check(Case(lead, coords, scale, coords == 4, feats, 20.0, order, dtype, layout=layout))
+    variants = itertools.cycle(itertools.product((4, 2), ("yxwh", "xywh"), (10, 128)))
+    for layout, (coords, order, feats) in zip(("dense", "permuted", "sliced", "columns") * 2, variants, strict=False):
+        check(Case((2, queries), coords, scale, coords == 4, feats, 20.0, order, dtype, layout=layout))
 
 
 def test_large_call():
