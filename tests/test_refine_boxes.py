@@ -41,6 +41,7 @@ class Case:
         for name, shape in zip(WEIGHTS, ((d, d), (d,), (d, d), (d,), (4, d), (4,)), strict=True):
             gain = d**-0.5 if name.startswith("w") else 0.3
             inputs[name] = (gain * torch.randn(*layers, *shape)).to(self.weight_dtype or self.dtype)
+        self.keep_from_kinks(inputs)
         if self.layout == "permuted":
             inputs |= {name: inputs[name].transpose(0, 1).contiguous().transpose(0, 1) for name in ("hidden", "boxes")}
         if self.layout == "sliced":
@@ -48,6 +49,19 @@ class Case:
         if self.layout == "columns":
             inputs |= {name: x.unsqueeze(-1).repeat(*(1,) * x.dim(), 2)[..., 0] for name, x in inputs.items()}
         return inputs
+
+    def keep_from_kinks(self, inputs: dict[str, Tensor]) -> None:
+        """Draws rows of hidden again until no relu is so near zero that rounding decides on its derivative."""
+        d = self.d
+        hidden = inputs["hidden"].view(self.lead[0] if self.layered else 1, -1, d)
+        w1, b1, w2, b2 = (inputs[name].double() for name in WEIGHTS[:4])
+        while hidden.numel():
+            first = hidden.double() @ w1.view(-1, d, d).mT + b1.view(-1, 1, d)
+            second = first.relu() @ w2.view(-1, d, d).mT + b2.view(-1, 1, d)
+            near = (torch.cat((first, second), -1).abs() < 4e-6).any(-1)
+            if not near.any():
+                return
+            hidden[near] = torch.randn_like(hidden[near])
 
     def cotangent(self) -> list[Tensor]:
         if self.layout == "permuted":
