@@ -25,6 +25,7 @@ from torch import Tensor
 
 BACKENDS = ("native", "triton", "torch")  # in the order in which `auto` tries them
 PACKAGES = {"native": "dab_fast.native", "triton": "dab_fast.kernels"}  # a module per op, with `forward` and `backward`
+FASTER_ON_CPU = ("box_position_embed",)  # ops whose compiled code was measured faster than PyTorch: docs/extension.md
 VARIABLE = "DAB_FAST_BACKEND"
 
 Limits = Mapping[str, Callable[..., str | None]]  # backend: what its kernels cannot do with an op's arguments, or None
@@ -115,7 +116,8 @@ def _native_why_not(op: str, device: torch.device) -> str | None:
 def why_not(name: str, op: str, device: torch.device, *, trusted_only: bool = False) -> str | None:
     """Why backend `name` cannot run `op` on `device`, or None.
 
-    With `trusted_only`, also None only where `auto` may choose it: on a CPU compiled code, on a GPU validated kernels.
+    With `trusted_only`, also None only where `auto` may choose it: on a CPU compiled code that is faster, on a GPU
+    validated kernels.
     """
     if name == "torch":
         return None
@@ -123,6 +125,8 @@ def why_not(name: str, op: str, device: torch.device, *, trusted_only: bool = Fa
     if reason is None and trusted_only:
         if device.type == "cpu" and name == "triton":
             return "the interpreter runs on request alone"
+        if device.type == "cpu" and op not in FASTER_ON_CPU:
+            return "on a CPU it was not measured faster than plain PyTorch"
         if device.type == "cuda" and architecture(device) not in _validated().get(op, {}).get(name, {}):
             return f"no committed GPU run validated it on {architecture(device)}"
     return reason
