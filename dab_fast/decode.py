@@ -76,7 +76,7 @@ def decode(
     references, outputs = [anchors], []
     for layer in range(config.num_layers):
         if keys is None:
-            x = checkpoint(layers.forward, layer, x, anchors, use_reentrant=False)
+            x = checkpoint(layers.forward_on, ops.chosen_backend(), layer, x, anchors, use_reentrant=False)
         else:
             x = layers.forward(layer, x, anchors, keys[layer])
         outputs.append(x)
@@ -218,6 +218,11 @@ class _Layers:
             self._rate(config.activation_dropout),
         )
         return self._add_and_norm(x, update, f"{name}.norm3")
+
+    def forward_on(self, backend: str, layer: int, x: Tensor, anchors: Tensor) -> Tensor:
+        """`forward` on the backend of the first run: the second one, in backward, may find another one chosen."""
+        with ops.backend(backend):
+            return self.forward(layer, x, anchors)
 
     def _rate(self, dropout: float) -> float:
         return dropout if self.training else 0.0

@@ -59,11 +59,11 @@ def labels(batch: int = 2) -> list[dict[str, Tensor]]:
     return [{"class_labels": torch.tensor([1, 3]), "boxes": boxes + 0.01 * i} for i in range(batch)]
 
 
-def accelerated_copy(model: nn.Module) -> nn.Module:
+def accelerated_copy(model: nn.Module, **options: bool) -> nn.Module:
     import dab_fast
 
     fast = copy.deepcopy(model)
-    dab_fast.accelerate(fast)
+    dab_fast.accelerate(fast, **options)
     return fast
 
 

@@ -44,3 +44,12 @@ def test_outputs_and_gradients(config, size, padded):
         {name: p.grad for name, p in fast.named_parameters()},
         {name: p.grad for name, p in model.named_parameters()},
     )
+
+
+def test_recompute_keeps_the_backend():
+    """Backward, where the layers run again, may come after another backend was chosen."""
+    fast = accelerated_copy(huggingface_model(num_queries=5, decoder_layers=2).train(), recompute=True)
+    with ops.backend("triton"):
+        loss = fast(**images(1, 64, 64), labels=labels(1)).loss
+    counts = measure.count(loss.backward)
+    assert counts.kernels["forward_kernel"] >= 4
