@@ -241,8 +241,16 @@ def package_copy(folder, extension=None):
     return folder
 
 
+# An editable installation's finder would answer for a submodule that the copy lacks.
+NO_EDITABLE_FINDER = """
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in getattr(finder, "__module__", "")]
+"""
+
+
 def run_with(folder, code, **environment):
     environment = {**os.environ, "PYTHONPATH": str(folder), **environment}
+    code = NO_EDITABLE_FINDER + code
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=folder)
 
 
@@ -434,8 +442,5 @@ def test_cpu_part_under_a_sanitizer(sanitizer, library, fresh_python, source, tm
     code = f"import sys, pytest; sys.exit(pytest.main({options}))"
     done = run_with(folder, code, LD_PRELOAD=preload, ASAN_OPTIONS="detect_leaks=0")
     said = done.stdout + done.stderr
-    # A finding ends the process with another status. 1 is a failed test: sums that the sanitizer keeps from being
-    # vectorized are added one by one and round more; how accurate the build is that users get, test_native says.
-    assert done.returncode in (0, 1), said[-5000:]
-    assert "Sanitizer" not in said and "runtime error" not in said, said[-5000:]
+    assert done.returncode == 0, said[-5000:]
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 150, said[-5000:]

@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from dab_fast import measure, ops
-from tests.models import accelerated_copy, assert_same_gradients, huggingface_model, images, labels
+from dab_fast import DabDecoder, measure, ops
+from tests.models import accelerated_copy, assert_same_gradients, huggingface_model, images, labels, perturb_
 
 # As in test_huggingface.py: float32 sums in another order.
 HIDDEN_TOLERANCE = 2e-5
@@ -53,3 +53,20 @@ def test_recompute_keeps_the_backend():
         loss = fast(**images(1, 64, 64), labels=labels(1)).loss
     counts = measure.count(loss.backward)
     assert counts.kernels["forward_kernel"] >= 4
+
+
+def test_compile_without_graph_breaks():
+    model = DabDecoder(d_model=32, nhead=2, num_layers=2, dim_feedforward=48, attention_dropout=0.0)
+    perturb_(model)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    params = dict(model.named_parameters())
+    for b, q, s in ((2, 5, 12), (3, 7, 35)):
+        inputs = torch.randn(b, q, 32), torch.randn(b, s, 32), torch.randn(b, s, 32), 0.3 * torch.randn(b, q, 4)
+        gradients = []
+        for decoder, backend in ((compiled, "triton"), (model, "torch")):
+            with ops.backend(backend):
+                out = decoder(*inputs)
+                loss = out.hidden_states.sin().sum() + out.reference_points.sum()
+                found = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
+            gradients.append(dict(zip(params, found, strict=True)))
+        assert_same_gradients(*gradients)

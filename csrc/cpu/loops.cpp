@@ -139,7 +139,8 @@ void position_embed_backward_as(const PositionEmbed& p, const double* inverse_wa
     const Real* logits = nullptr;
     if (p.logits.data) logits = load(p.logits, row_offset(p.logits, p.rows, row), 2, scratch.logits);
 
-    Real d_box[4] = {0, 0, 0, 0}, d_logits[2] = {0, 0}, d_scale_sum = 0;
+    Real d_box[4] = {0, 0, 0, 0}, d_logits[2] = {0, 0};
+    double d_scale_sum = 0;  // sums of a row are double, so that their error depends on no vector width
     for (int slot = 0; slot < p.coordinates; ++slot) {
       const int c = coordinate_of(p, slot);
       const Real* features = sine + int64_t(slot) * f;
@@ -148,7 +149,7 @@ void position_embed_backward_as(const PositionEmbed& p, const double* inverse_wa
         const Real m = logits ? modulation(logits[c], box[2 + c]) : Real(1);
         const Real *d_out = d_query + slot * f, *factors = scale + slot * f;
         Real* d_scale = d_scale_scratch + slot * f;
-        Real d_m = 0, d_sum = 0;
+        double d_m = 0, d_sum = 0;
 #pragma omp simd reduction(+ : d_m, d_sum)
         for (int i = 0; i < f; ++i) {
           const Real d_given = d_out[i], scaled = features[i] * factors[i], magnitude = absolute(scaled * m);
@@ -161,17 +162,17 @@ void position_embed_backward_as(const PositionEmbed& p, const double* inverse_wa
         d_scale_sum += d_sum;
         if (logits) {
           Real d_size;
-          modulation_backward(d_m, logits[c], box[2 + c], d_logits[c], d_size);
+          modulation_backward(Real(d_m), logits[c], box[2 + c], d_logits[c], d_size);
           d_box[2 + c] += d_size;
         }
       }
-      Real d_coordinate = 0;
+      double d_coordinate = 0;
 #pragma omp simd reduction(+ : d_coordinate)
       for (int k = 0; k < f / 2; ++k) {
         d_coordinate += sincos_backward(d_feature[2 * k], d_feature[2 * k + 1], features[2 * k], features[2 * k + 1],
                                         scratch.wavelength[k]);
       }
-      d_box[c] += d_coordinate;
+      d_box[c] += Real(d_coordinate);
     }
 
     if (p.d_boxes.data) store(p.d_boxes, row_offset(p.d_boxes, p.rows, row), p.coordinates, d_box);
@@ -183,7 +184,8 @@ void position_embed_backward_as(const PositionEmbed& p, const double* inverse_wa
       if (d_scale_row) {
         for (int i = 0; i < 2 * f; ++i) d_scale_row[i] += d_scale_scratch[i];
       } else if (p.scale_kind == Scale::one) {
-        store(p.d_scale, row_offset(p.d_scale, p.rows, row), 1, &d_scale_sum);
+        const Real d_one = Real(d_scale_sum);
+        store(p.d_scale, row_offset(p.d_scale, p.rows, row), 1, &d_one);
       } else {
         store(p.d_scale, row_offset(p.d_scale, p.rows, row), 2 * f, d_scale_scratch);
       }
@@ -209,7 +211,7 @@ void box_tail_as(const BoxTail& p, int64_t begin, int64_t end) {
   const Real* bias = load(p.bias, 0, kBoxOutputs, bias_scratch);
   for (int64_t row = begin; row < end; ++row) {
     const int64_t o_hidden = row_offset(p.hidden, p.rows, row);
-    Real sum0 = bias[0], sum1 = bias[1], sum2 = bias[2], sum3 = bias[3];
+    double sum0 = bias[0], sum1 = bias[1], sum2 = bias[2], sum3 = bias[3];
     for (int start = 0; start < p.width; start += kPiece) {
       const int n = p.width - start < kPiece ? p.width - start : kPiece;
       const Real* hidden = load(p.hidden, o_hidden + start, n, hidden_scratch);
@@ -226,7 +228,7 @@ void box_tail_as(const BoxTail& p, int64_t begin, int64_t end) {
         sum3 += hidden[i] * w3[i];
       }
     }
-    const Real logits[kBoxOutputs] = {sum0, sum1, sum2, sum3};
+    const Real logits[kBoxOutputs] = {Real(sum0), Real(sum1), Real(sum2), Real(sum3)};
     const Real* box = load(p.boxes, row_offset(p.boxes, p.rows, row), p.coordinates, box_scratch);
     const int64_t o_refined = row_offset(p.refined, p.rows, row);
     Real* out = destination(p.refined, o_refined, out_scratch);

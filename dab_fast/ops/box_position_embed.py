@@ -59,7 +59,8 @@ def box_position_embed(
             boxes, scale, ref_size_logits, num_feats=num_feats, temperature=temperature, order=order, dtype=dtype
         )
     if scale is not None and scale.shape == (1,):
-        scale = scale.float().expand(*boxes.shape[:-1], 1)  # so that its gradient is summed in float32
+        # So that its gradient is summed in float32 at least.
+        scale = reference.at_least_float32(scale).expand(*boxes.shape[:-1], 1)
     temperature = _library.constant(temperature)
     args = (boxes, scale, ref_size_logits, num_feats, temperature, order, dtype, True, backend)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in args[:3]):

@@ -46,6 +46,7 @@ def modulated_cross_attention(
     if attn_mask is not None:
         shape = (q, s) if attn_mask.dim() == 2 else (b * h, q, s)
         check_tensor("attn_mask", attn_mask, shape, like=q_content, boolean=True)
+    dropout_p = _library.constant(dropout_p)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     tensors = (q_content, q_pos, k_content, k_pos, v)

@@ -58,6 +58,7 @@ def refine_boxes(
     check_tensor("b3", b3, (*lead, 4), like=hidden)
     if not 0.0 < eps < 0.5:
         raise ValueError(f"eps must be in (0, 0.5), got {eps}")
+    eps = _library.constant(eps)
     tensors = (hidden, boxes, w1, b1, w2, b2, w3, b3)
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     backend = _backends.select("refine_boxes", hidden, _LIMITS, tensors)
