@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dab_fast import reference
 from dab_fast.kernels.configs import WIDEST_HEAD
@@ -117,8 +119,13 @@ def composition(
 
     The fused CPU kernel wants v as wide as q and k: padding v there takes half the time of materialised scores
     (S = 4200: 17 ms against 33 ms on two cores, concatenating the two parts included) and saves no score matrix.
+    On CUDA the memory-efficient kernel takes unequal widths; its backward is not deterministic, so it serves inference.
     """
-    if dropout_p > 0 or q_content.device.type != "cpu" or not v.shape[1]:
+    on_cpu = v.device.type == "cpu"
+    grad = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (q_content, q_pos, k_content, k_pos, v)
+    )
+    if dropout_p > 0 or not v.shape[1] or not (on_cpu or (v.device.type == "cuda" and not grad)):
         return reference.modulated_cross_attention(
             q_content,
             q_pos,
@@ -135,7 +142,8 @@ def composition(
     if q_pos is not None and k_pos is not None:
         q_content = torch.cat((q_content, q_pos), -1)
         k_content = torch.cat((k_content, k_pos.expand(b, -1, -1, -1)), -1)
-        v = F.pad(v, (0, q_content.shape[-1] - d_v))
+        if on_cpu:
+            v = F.pad(v, (0, q_content.shape[-1] - d_v))
     visible = blind = None
     if key_padding_mask is not None:
         visible = ~key_padding_mask[:, None, None, :]
@@ -145,9 +153,10 @@ def composition(
     if visible is not None:
         blind = ~visible.any(-1, keepdim=True)
         visible = visible | blind
-    attended = F.scaled_dot_product_attention(
-        q_content.transpose(1, 2), k_content.transpose(1, 2), v.transpose(1, 2), attn_mask=visible, scale=scale
-    )
+    with nullcontext() if on_cpu else sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        attended = F.scaled_dot_product_attention(
+            q_content.transpose(1, 2), k_content.transpose(1, 2), v.transpose(1, 2), attn_mask=visible, scale=scale
+        )
     if blind is not None:
         attended = attended.masked_fill(blind, 0)
     return attended.transpose(1, 2)[..., :d_v]
