@@ -18,6 +18,11 @@ def install(target, *packages: str) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
+def run_tests(environment: dict[str, str], *names: str) -> None:
+    files = (f"tests/test_{name}.py" for name in names)
+    run(environment, "pytest", "-q", "-m", "not sweep and not gpu", *files)
+
+
 def run(environment: dict[str, str], *command: str) -> None:
     done = subprocess.run([sys.executable, "-m", *command], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
@@ -25,12 +30,11 @@ def run(environment: dict[str, str], *command: str) -> None:
 
 def test_transformers(tmp_path):
     environment = install(tmp_path, "transformers==5.17.0")
-    run(environment, "pytest", "-q", "-m", "not sweep and not gpu", "tests/test_huggingface.py", "tests/test_distributed.py")
+    run_tests(environment, "huggingface", "distributed")
 
 
 def test_triton(tmp_path):
     environment = install(tmp_path, "--no-deps", "triton==3.6.0", "numpy<2.4")  # its interpreter needs the older numpy
-    tests = ("attention_kernel", "attention_op", "box_position_embed", "refine_boxes", "triton_decoder")
-    run(environment, "pytest", "-q", "-m", "not sweep and not gpu", *(f"tests/test_{name}.py" for name in tests))
+    run_tests(environment, "attention_kernel", "attention_op", "box_position_embed", "refine_boxes", "triton_decoder")
     environment.pop("TRITON_INTERPRET", None)
     run(environment, "benchmarks.kernel_budget", "--arch", "90")
