@@ -3,8 +3,8 @@
     python -m benchmarks.kernel_budget [--arch 80,90,100] [--default] [--match TEXT] [--json] [--jobs 2]
 
 Exit code 1 when a kernel breaks its budget: more than eight instructions spill registers, or more than two in loops;
-dots meant for tensor cores are not on them; less of the bytes of its global loads, masks aside, come in 16-byte
-instructions than the case asks for; more shared memory than the chip has.
+dots meant for tensor cores are not on them; less of the bytes of its tiles are loaded by 16-byte instructions than the
+case asks for; more shared memory than the chip has.
 """
 
 from __future__ import annotations
@@ -35,10 +35,19 @@ from dab_fast.kernels._cases import CompileCase
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
 TENSOR_CORES = re.compile(r"(HMMA|HGMMA|UTC\w*MMA)\b")
-GLOBAL_LOAD = re.compile(r"(LDG|LDGSTS)\b")
 SPILL = re.compile(r"(STL|LDL)\b")
 LABEL = re.compile(r"^\.(\w+):")
 BRANCH = re.compile(r"\bBRA\b.*`\(\.(\w+)\)")
+# Triton's own IR: the shape that a load reads, and the name of its location.
+TILE_LOAD = re.compile(r"(?:tt\.load|async_copy_global_to_local) .*?: tensor<(?:\d+x){2,}.* loc\((#loc\d*)\)")
+LOCATION = re.compile(r"^(#loc\d*) = loc\((.*)\)$", re.MULTILINE)
+PLACE = re.compile(r'"([^"]+)":(\d+):(\d+)')
+# PTX: files, locations, loads of 8 · N bits and asynchronous copies of N bytes.
+PTX_FILE = re.compile(r'^\s*\.file\s+(\d+) "([^"]+)"', re.MULTILINE)
+PTX_LOCATION = re.compile(r"\.loc\s+(\d+) (\d+) (\d+)")
+PTX_LOAD = re.compile(r"\bld\.global(?:\.[a-z]\S*?)??(?:\.v(\d))?\.[bfus](\d+)\b|\bcp\.async\.c[ag]\..*\], 0x(\w+)")
+
+Place = tuple[str, int, int]  # file, line, column
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,7 @@ class Budget:
     programs_per_sm: int
     instructions: int
     tensor_cores: int  # instructions
-    wide_load_share: float  # of the bytes of the global loads in the code, masks aside, those of 16-byte loads
+    wide_load_share: float  # of the bytes of tiles that the code loads, masks aside, those in 16-byte loads
     broken: list[str]
 
 
@@ -74,16 +83,31 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def load_bytes(instruction: str) -> int:
-    """The bytes that one thread loads by it: LDG.E.128 16, LDG.E.U8 1, LDG.E 4."""
-    for part in instruction.split("."):
-        if part in ("64", "128", "256"):
-            return int(part) // 8
-        if part in ("U8", "S8"):
-            return 1
-        if part in ("U16", "S16"):
-            return 2
-    return 4
+def tile_loads(ir: str) -> set[Place]:
+    """Where the source loads tiles of two dimensions, from Triton's IR."""
+    names = dict(LOCATION.findall(ir))
+
+    def place(text: str) -> Place:
+        if found := PLACE.search(text):
+            return found[1], int(found[2]), int(found[3])
+        # "name"(#loc1), or callsite(#loc1 at #loc2) of an inlined function: the first is the inner one
+        return place(names[re.search(r"#loc\d*", text)[0]])
+
+    return {place(names[name]) for name in TILE_LOAD.findall(ir)}
+
+
+def load_sizes(ptx: str, places: set[Place]) -> list[int]:
+    """Bytes per thread of each load instruction at `places`."""
+    files = dict(PTX_FILE.findall(ptx))
+    sizes: list[int] = []
+    here: Place | None = None
+    for line in ptx.splitlines():
+        if found := PTX_LOCATION.search(line):
+            here = files.get(found[1], ""), int(found[2]), int(found[3])
+        elif here in places and (found := PTX_LOAD.search(line)):
+            count, bits, copied = found.groups()
+            sizes.append(int(copied, 16) if copied else int(count or 1) * int(bits) // 8)
+    return sizes
 
 
 def loops(code: str) -> str:
@@ -116,10 +140,9 @@ def measure(arch: int, name: str) -> Budget:
     def count(pattern: str) -> int:
         return sum(n for instruction, n in counts.items() if re.match(pattern, instruction))
 
-    # Single bytes are masks.
-    loads = {i: n * load_bytes(i) for i, n in counts.items() if GLOBAL_LOAD.match(i) and load_bytes(i) > 1}
-    wide = sum(size for i, size in loads.items() if load_bytes(i) >= 16)
-    share = wide / max(sum(loads.values()), 1)
+    # Single bytes are masks; numbers of a row or a column are few, and loaded in whatever layout the tile has.
+    loads = [size for size in load_sizes(compiled.asm["ptx"], tile_loads(compiled.asm["ttgir"])) if size > 1]
+    share = sum(size for size in loads if size >= 16) / sum(loads) if loads else 1.0
     spills = count(SPILL.pattern)
     spills_in_loops = sum(bool(SPILL.match(instruction)) for instruction in INSTRUCTION.findall(loops(code)))
     tensor_cores = count(TENSOR_CORES.pattern)
@@ -131,7 +154,7 @@ def measure(arch: int, name: str) -> Budget:
     if case.tensor_cores and not tensor_cores:
         broken.append("no tensor-core instruction")
     if share < case.wide_loads:
-        broken.append(f"only {share:.0%} of the loaded bytes in 16-byte loads")
+        broken.append(f"only {share:.0%} of the bytes of tiles in 16-byte loads")
     if shared > chip.smem_per_block_max:
         broken.append(f"{shared} bytes of shared memory, the chip has {chip.smem_per_block_max}")
     return Budget(

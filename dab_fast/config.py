@@ -52,6 +52,10 @@ class DecoderConfig:
     inverse_sigmoid_eps: float = 1e-3
     temperature: float = 10000.0
 
+    @property
+    def has_dropout(self) -> bool:
+        return max(self.dropout, self.attention_dropout, self.activation_dropout) > 0.0
+
     def __post_init__(self) -> None:
         for name in ("d_model", "nhead", "num_layers", "dim_feedforward"):
             if getattr(self, name) < 1:

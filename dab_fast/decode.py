@@ -11,8 +11,10 @@ whose gradients are added in one sum. Slices are made by unbind and chunk, whose
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from dab_fast import ops, reference
 from dab_fast.config import DecoderConfig
 from dab_fast.linear import ffn, joint_linear, self_attention_projection
+from dab_fast.ops._library import constant
 from dab_fast.reference import DecoderOutput, Parameters, box_mlp, layer_norm, linear
 
 _SELF_CONTENT = ("sa_qcontent", "sa_kcontent", "sa_v")
@@ -47,6 +50,7 @@ def decode(
 ) -> tuple[DecoderOutput, list[Tensor]]:
     """`reference.decode` on the fused ops. Also returns every layer's output before the norm, [B, Q, D] each."""
     b, q, d = content.shape
+    config = _with_constants(config)
     layers = _Layers(
         params,
         config,
@@ -76,7 +80,15 @@ def decode(
     references, outputs = [anchors], []
     for layer in range(config.num_layers):
         if keys is None:
-            x = checkpoint(layers.forward_on, ops.chosen_backend(), layer, x, anchors, use_reentrant=False)
+            x = checkpoint(
+                layers.forward_on,
+                ops.chosen_backend(),
+                layer,
+                x,
+                anchors,
+                use_reentrant=False,
+                preserve_rng_state=training and config.has_dropout,
+            )
         else:
             x = layers.forward(layer, x, anchors, keys[layer])
         outputs.append(x)
@@ -116,6 +128,14 @@ def predict_boxes(
             for layer, (x, anchors) in enumerate(zip(hidden_states, reference_points, strict=True))
         ]
     )
+
+
+def _with_constants(config: DecoderConfig) -> DecoderConfig:
+    """The config itself; under torch.compile a copy whose numbers may enter the subgraph of a checkpoint."""
+    if not torch.compiler.is_compiling():
+        return config
+    floats: dict[str, Any] = {name: constant(x) for name, x in vars(config).items() if isinstance(x, float)}
+    return dataclasses.replace(config, **floats)
 
 
 _Keys = tuple[Tensor, Tensor, Tensor]  # k_content, v: [B, S, H, d]; k_pos: [B or 1, S, H, d]

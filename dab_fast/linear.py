@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dab_fast.ops._backends import transformed
+
 Activation = Callable[..., Tensor]  # of the inner tensor and, for PReLU, its slope
 
 
@@ -65,7 +67,7 @@ def _plain(*tensors: Tensor) -> bool:
     return (
         not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
         or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
+        or transformed()
     )
 
 
@@ -118,8 +120,10 @@ class _SelfAttentionProjection(torch.autograd.Function):
             d_x = d_qkv @ _join(weights[:3], dtype)
         if ctx.needs_input_grad[1]:
             d_pos = d_qk @ _join(weights[3:], dtype)
-        d_content = (d_qkv.mT @ x.to(dtype)).split(d)
-        return (d_x, d_pos, d_qkv.sum(0), *d_content, *(d_qk.mT @ pos.to(dtype)).split(d))
+        d_weights: list[Tensor | None] = [None] * 5
+        if any(ctx.needs_input_grad[3:]):
+            d_weights = [*(d_qkv.mT @ x.to(dtype)).split(d), *(d_qk.mT @ pos.to(dtype)).split(d)]
+        return (d_x, d_pos, d_qkv.sum(0), *d_weights)
 
 
 class _FFN(torch.autograd.Function):
@@ -139,5 +143,8 @@ class _FFN(torch.autograd.Function):
             leaves = [t.detach().requires_grad_() for t in (F.linear(x, w1, b1), *slope)]
             activated = ctx.activation(*leaves)
         d_inner, *d_slope = torch.autograd.grad(activated, leaves, d_y @ w2)
-        d_w2 = d_y.mT @ activated.detach()
-        return (None, d_inner @ w1, d_inner.mT @ x, d_inner.sum(0), d_w2, d_y.sum(0), *d_slope)
+        _, need_x, need_w1, _, need_w2, *_ = ctx.needs_input_grad
+        d_x = d_inner @ w1 if need_x else None
+        d_w1 = d_inner.mT @ x if need_w1 else None
+        d_w2 = d_y.mT @ activated.detach() if need_w2 else None
+        return (None, d_x, d_w1, d_inner.sum(0), d_w2, d_y.sum(0), *d_slope)

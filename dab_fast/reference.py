@@ -75,12 +75,14 @@ def sine_embed(
     Even features are sines, odd ones cosines. `order` "yxwh" puts the features of the second coordinate first, as
     DETR does; "xywh" keeps the order of the coordinates.
     """
+    dtype, coordinates = coordinates.dtype, at_least_float32(coordinates)
     if order == "yxwh":
         x, y, *size = coordinates.unbind(-1)
         coordinates = torch.stack((y, x, *size), -1)
     exponent = torch.arange(0, num_feats, 2, dtype=coordinates.dtype, device=coordinates.device) / num_feats
-    angle = coordinates.unsqueeze(-1) * (2 * math.pi) / temperature**exponent
-    return torch.stack((angle.sin(), angle.cos()), -1).flatten(-3)
+    # A literal: torch.compile with dynamic shapes takes math.pi for a variable, which no checkpoint may contain.
+    angle = coordinates.unsqueeze(-1) * 6.283185307179586 / temperature**exponent
+    return torch.stack((angle.sin(), angle.cos()), -1).flatten(-3).to(dtype)
 
 
 def box_position_embed(

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dab_fast import ops
+from dab_fast import ops, reference
 
 NAMES = ("q_content", "q_pos", "k_content", "k_pos", "v")
 
@@ -41,6 +41,53 @@ def test_it_is_the_composition_of_plain_pytorch():
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ("torch", "triton"))
+def test_huge_logits(backend):
+    """A box 1e-10 wide makes such logits. Each query then sees one key, and its weight is 1 and constant.
+
+    The dots of the two passes may be rounded differently there (in the interpreter they are), so a kernel that computes
+    weights again may find less than the whole weight, but never more.
+    """
+    tensors = inputs(S=65, d=32)
+    tensors["q_pos"] *= 1e10
+    exact = results(reference.modulated_cross_attention, {name: x.double() for name, x in tensors.items()})
+    with ops.backend(backend):
+        out, *gradients = results(ops.modulated_cross_attention, tensors)
+    torch.testing.assert_close(out.double(), exact[0], rtol=1e-6, atol=0)
+    assert all(x.isfinite().all() for x in gradients)
+    d_v = gradients[-1].double()
+    if backend == "torch":
+        torch.testing.assert_close(d_v, exact[-1], rtol=0, atol=1e-6)
+    else:
+        d_out = torch.linspace(-1, 1, out.numel()).view_as(out)
+        assert (d_v.abs() <= d_out.abs().sum(1, keepdim=True) * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("backend", ("torch", "triton"))
+def test_large_logits_are_as_accurate_as_any(backend):
+    """Logits of some hundreds: a log-sum-exp in one float32 would leave 1e-5 of each weight to its rounding."""
+    tensors = inputs(S=65, d=32)
+    tensors["q_pos"] *= 100
+    exact = results(reference.modulated_cross_attention, {name: x.double() for name, x in tensors.items()})
+    own = results(reference.modulated_cross_attention, tensors)
+    with ops.backend(backend):
+        actual = results(ops.modulated_cross_attention, tensors)
+    for name, got, theirs, truth in zip(("out", *NAMES), actual, own, exact, strict=True):
+        error, allowed = (got - truth).norm() / truth.norm(), 2 * (theirs - truth).norm() / truth.norm()
+        # Here the logits of both are rounded to about 1e-5, not alike.
+        assert error <= allowed + 2e-5, name
+
+
+@pytest.mark.parametrize("backend", ("torch", "triton"))
+@pytest.mark.parametrize("d_v", (16, 32, 48))
+def test_values_of_any_width(backend, d_v):
+    tensors = inputs(d=16, d_v=d_v)
+    with ops.backend(backend):
+        actual = results(ops.modulated_cross_attention, tensors)
+    expected = results(reference.modulated_cross_attention, tensors)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_one_part_serves_self_attention():
     tensors = {name: x for name, x in inputs().items() if "pos" not in name}
 
@@ -70,8 +117,8 @@ def test_opcheck():
     for tensors in (x, permuted):
         args = (*tensors.values(), padding, None, rng, 0.2, 0.1, "triton")
         torch.library.opcheck(torch.ops.dab_fast.modulated_cross_attention.default, args)
-        out, lse = torch.ops.dab_fast.modulated_cross_attention(*args)
-        args = (torch.randn_like(out), *args[:8], out, lse, 0.2, 0.1, True, False, True, True, True, "triton")
+        out, stats = torch.ops.dab_fast.modulated_cross_attention(*args)
+        args = (torch.randn_like(out), *args[:8], out, stats, 0.2, 0.1, True, False, True, True, True, "triton")
         torch.library.opcheck(torch.ops.dab_fast.modulated_cross_attention_backward.default, args)
 
 
@@ -149,6 +196,13 @@ def test_gradients_by_finite_differences(triton):
         assert abs(difference - (gradient * direction).sum()) < 1e-3, name
 
 
+def test_float16_saturates_what_autocast_casts(triton):
+    tensors = inputs()
+    tensors["q_pos"] *= 1e5
+    with torch.autocast("cpu", torch.float16):
+        assert all(x.isfinite().all() for x in results(ops.modulated_cross_attention, tensors))
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     (
@@ -159,6 +213,13 @@ def test_gradients_by_finite_differences(triton):
 def test_a_backend_asked_for_by_name_says_why_it_cannot(triton, change, reason):
     with pytest.raises(RuntimeError, match=reason):
         ops.modulated_cross_attention(**inputs(**change))
+
+
+def test_mixed_dtypes():
+    tensors = inputs()
+    tensors["v"] = tensors["v"].half()
+    expected = results(reference.modulated_cross_attention, tensors)
+    torch.testing.assert_close(results(ops.modulated_cross_attention, tensors), expected, rtol=0, atol=0)
 
 
 def test_mixed_dtypes_are_named(triton):

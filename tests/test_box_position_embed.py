@@ -193,6 +193,21 @@ def test_tiny_and_out_of_range_boxes(dtype):
     assert_accurate(*named)
 
 
+def test_what_is_saturated_has_no_gradient():
+    boxes = torch.tensor([[0.3, 0.6, 1e-6, 1e-7]])
+    scale, logits = torch.randn(1, 32).half(), torch.tensor([[2.0, 3.0]]).half()
+    case = Case(dtype=torch.float16)
+    gradients = []
+    for backend in ("torch", "triton"):
+        leaves = [x.clone().requires_grad_() for x in (boxes, scale, logits)]
+        with ops.backend(backend):
+            query_sine = case.call(ops.box_position_embed)(*leaves)[1]
+        gradients.append(torch.autograd.grad(query_sine, leaves, torch.full_like(query_sine, 1e-4)))
+    assert (query_sine.abs() == 65504).any() and (query_sine.abs() < 65504).any()
+    for ours, theirs in zip(*reversed(gradients), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=0)  # two roundings of float16
+
+
 def test_not_a_number_stays_one():
     boxes = torch.tensor([[0.3, float("nan"), 0.2, 0.2], [0.3, 0.2, float("nan"), 0.2]])
     logits = torch.zeros(2, 2)
@@ -219,6 +234,15 @@ def test_sine_embed(coords, order):
         assert torch.equal(ops.sine_embed(x, 6, 20.0, order), own["out0"])
 
 
+@pytest.mark.parametrize("backend", ("torch", "triton"))
+def test_angles_are_float32_at_least(backend):
+    x = torch.rand(5, 2).bfloat16()
+    with ops.backend(backend):
+        embedded = ops.sine_embed(x, 64)
+    # one rounding of the result; angles in bfloat16 would err by 2^-7 of 2 pi
+    torch.testing.assert_close(embedded.double(), reference.sine_embed(x.double(), 64), rtol=0, atol=2**-7)
+
+
 def test_sine_embed_without_gradients():
     x = torch.rand(5, 2)
     with ops.backend("triton"):
@@ -241,6 +265,8 @@ def test_no_double_backward():
         ((torch.rand(3, 3),), {}, ValueError, r"boxes must have shape \[..., 2\] or \[..., 4\], got \[3, 3\]"),
         ((torch.ones(3, 4).long(),), {}, TypeError, "boxes must be floating point, got torch.int64"),
         ((torch.rand(3, 4), torch.rand(2, 8)), {}, ValueError, r"scale must have shape \[3, 8\], got \[2, 8\]"),
+        ((torch.rand(3, 4), 2.0), {}, TypeError, "scale must be a Tensor, got float"),
+        ((torch.rand(3, 4),), {"dtype": torch.int64}, TypeError, "dtype must be floating point, got torch.int64"),
         ((torch.rand(3, 4), None, torch.rand(3, 4)), {}, ValueError, r"ref_size_logits must have shape \[3, 2\]"),
         ((torch.rand(3, 2), None, torch.rand(3, 2)), {}, ValueError, r"boxes must have shape \[..., 4\] for ref_size"),
         ((torch.rand(3, 4),), {"num_feats": 5}, ValueError, "num_feats must be even and at least 2, got 5"),

@@ -247,8 +247,10 @@ def test_export_with_dynamic_batch_and_size():
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.sweep)])
-def test_compile_without_graph_breaks(backend):
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compile_without_graph_breaks(backend, recompute):
     model = decoder(num_layers=2)
+    model.recompute = recompute
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
     for shape in ((2, 5, 12), (3, 7, 35)):
         inputs = arguments(model.config, *shape)

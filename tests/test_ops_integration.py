@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from dab_fast import ops, reference
@@ -196,8 +197,34 @@ def test_torch_func_in_plain_pytorch():
     boxes.requires_grad_()
     (expected,) = torch.autograd.grad(loss(boxes, scale, logits), boxes)
     torch.testing.assert_close(per_image, expected)
-    with ops.backend("triton"), pytest.raises(ops.BackendUnavailable, match=r"torch\.func transforms need plain"):
+    with (
+        ops.backend("triton"),
+        pytest.raises(ops.BackendUnavailable, match=r"torch\.func and forward-mode AD need plain"),
+    ):
         torch.func.grad(loss)(boxes.detach(), scale, logits)
+
+
+def test_forward_mode_in_plain_pytorch():
+    boxes, scale, logits = embed_inputs()
+    tangent = torch.randn_like(boxes)
+
+    def call(boxes):
+        return embed(boxes, scale, logits)[1]
+
+    with ops.backend("torch"):
+        _, expected = torch.autograd.functional.jvp(call, boxes, tangent)  # by backward, twice
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(boxes, tangent)
+        torch.testing.assert_close(forward_ad.unpack_dual(call(dual)).tangent, expected)
+        with ops.backend("triton"), pytest.raises(ops.BackendUnavailable, match="forward-mode AD"):
+            call(dual)
+
+
+def test_compiled_torch_func():
+    boxes, scale, logits = embed_inputs()
+    gradient = torch.func.grad(lambda boxes: embed(boxes, scale, logits)[1].sum())
+    compiled = torch.compile(lambda boxes: gradient(boxes), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(boxes), gradient(boxes))
 
 
 def test_fake_tensors_have_the_shapes_and_dtypes_of_real_ones():

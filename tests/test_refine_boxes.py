@@ -207,6 +207,20 @@ def test_anchors_stay_exact_in_half_precision(dtype):
     torch.testing.assert_close(refined, boxes, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("name", ("hidden", "boxes", "w1", "w2", "b3"))
+def test_not_a_number_stays_one(name):
+    """The boxes of a diverged model must not look sound, nor must its gradients."""
+    inputs = Case(lead=(3,), d=16).inputs()
+    inputs[name].view(-1)[0] = float("nan")
+    results = []
+    for backend in ("torch", "triton"):
+        with ops.backend(backend):
+            results.append(run(Case(d=16).ours, inputs, [torch.ones(3, 4)]))
+    theirs, ours = results
+    for key, x in theirs.items():
+        assert ours[key][x.isnan()].isnan().all(), key
+
+
 def test_too_wide_for_the_kernels():
     case = Case(d=513, lead=(1,))
     inputs = case.inputs()

@@ -1,7 +1,8 @@
 """Attention whose logits are a sum of two dot products, backward.
 
-With P = 2^(z − lse · log2 e) recomputed from the saved log-sum-exp, D = rowsum(d_out ∘ out) and R = dropout (0 where a
-weight was dropped, 1 / (1 − p) elsewhere, 1 without dropout),
+With P = 2^(a (z − m) − log2 l) recomputed from m and log2 l, which the forward kept (`_attention_forward` says what z,
+a, m and l are; two numbers, because their sum, the log-sum-exp, would lose l to the rounding of a large m),
+D = rowsum(d_out ∘ out) and R = dropout (0 where a weight was dropped, 1 / (1 − p) elsewhere, 1 without dropout),
 
     dv = (R ∘ P)ᵀ · d_out
     dz = P ∘ (R ∘ (d_out · vᵀ) − D)
@@ -10,8 +11,7 @@ weight was dropped, 1 / (1 − p) elsewhere, 1 without dropout),
 Two kernels, each the sole writer of what it writes, so that the sums have one order and need no atomics. The first
 walks over the keys for one block of queries: D, dq_content, dq_pos. The second walks over the queries for one block of
 keys on transposed tiles: dk_content, dk_pos, dv. There a padded key is a row that no other row reads, so padding is
-one select after the loop, and a block of padded keys alone skips the loop. A row that saw no key has lse = −inf, which
-is read as +inf: its P is zero.
+one select after the loop, and a block of padded keys alone skips the loop.
 
 A k_pos that all images share gets its gradient per image in fp32, summed afterwards. Walking over the images inside
 the kernel would save that buffer but leave B times fewer programs (136 at S = 1050, 8 heads: one per SM), each B times
@@ -25,6 +25,12 @@ from dab_fast.kernels._attention_forward import LOG2E, UNALIGNED, kept, visibili
 from dab_fast.kernels._common import load_rows, store_rows, tile_width
 
 
+@triton.jit
+def weights(b_z, b_m, b_log_l, to_log2):
+    """P; never above 1, though logits beyond 1e6 may be rounded otherwise than in the forward. NaN stays NaN."""
+    return tl.exp2(tl.minimum((b_z - b_m) * to_log2 - b_log_l, 0.0, propagate_nan=tl.PropagateNan.ALL))
+
+
 @triton.jit(do_not_specialize=UNALIGNED)
 def backward_query_kernel(
     p_q_content,  # [B, Q, H, D]
@@ -36,9 +42,8 @@ def backward_query_kernel(
     p_hidden,  # [B·H, Q, S] or None, nonzero = hidden
     p_rng,  # [2] int64 or None: seed, offset
     p_out,  # [B, Q, H, DV]
-    p_lse,  # [B, H, Q]
+    p_stats,  # [2, B, H, Q]: m, log2 l
     p_d_out,  # [B, Q, H, DV]
-    p_lse2,  # [B, H, Q], written: lse · log2(e), +inf where nothing was seen
     p_delta,  # [B, H, Q], written: D
     p_dq_content,  # [B, Q, H, D] or None, written
     p_dq_pos,  # [B, Q, H, DP] or None, written
@@ -63,6 +68,7 @@ def backward_query_kernel(
     stride_padding_b,
     stride_hidden_bh,
     stride_hidden_q,
+    BH,
     H,
     Q,
     S,
@@ -93,12 +99,12 @@ def backward_query_kernel(
     b_out = load_rows(p_out + (o_b * Q * H + o_h) * DV, q_start, Q, H * DV, BLOCK_Q, DV, True, INTERPRET)
     b_delta = tl.sum(b_d_out.to(tl.float32) * b_out.to(tl.float32), 1)
     o_stat = bh.to(tl.int64) * Q + o_q
-    b_lse = tl.load(p_lse + o_stat, mask=m_q, other=0.0)
-    b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2E)
-    tl.store(p_lse2 + o_stat, b_lse, mask=m_q)
+    stats_size = BH.to(tl.int64) * Q
     tl.store(p_delta + o_stat, b_delta, mask=m_q)
 
     if p_dq_content is not None or p_dq_pos is not None:
+        b_m = tl.load(p_stats + o_stat, mask=m_q, other=0.0)
+        b_log_l = tl.load(p_stats + stats_size + o_stat, mask=m_q, other=0.0)
         p_q_content += o_b * stride_qc_b + o_h * stride_qc_h
         b_q_content = load_rows(p_q_content, q_start, Q, stride_qc_q, BLOCK_Q, D, True, INTERPRET)
         p_k_content += o_b * stride_kc_b + o_h * stride_kc_h
@@ -137,7 +143,7 @@ def backward_query_kernel(
                 if p_q_pos is not None:
                     b_k_pos = load_rows(p_k_pos, s_start, end, stride_kp_s, BLOCK_S, DP, TAIL, INTERPRET)
                     b_z = tl.dot(b_q_pos, b_k_pos.T, b_z, input_precision=PRECISION)
-                b_p = tl.exp2(b_z * to_log2 - b_lse[:, None])
+                b_p = weights(b_z, b_m[:, None], b_log_l[:, None], to_log2)
 
                 b_v = load_rows(p_v, s_start, end, stride_v_s, BLOCK_S, DV, TAIL, INTERPRET)
                 b_dp = tl.dot(b_d_out, b_v.T, input_precision=PRECISION)
@@ -167,7 +173,7 @@ def backward_key_kernel(
     p_padding,  # [B, S] or None, nonzero = padded
     p_hidden,  # [B·H, Q, S] or None, nonzero = hidden
     p_rng,  # [2] int64 or None: seed, offset
-    p_lse2,  # [B, H, Q]
+    p_stats,  # [2, B, H, Q]: m, log2 l
     p_delta,  # [B, H, Q]
     p_d_out,  # [B, Q, H, DV]
     p_dk_content,  # [B, S, H, D] or None, written
@@ -194,6 +200,7 @@ def backward_key_kernel(
     stride_padding_b,
     stride_hidden_bh,
     stride_hidden_q,
+    BH,
     H,
     Q,
     S,
@@ -228,8 +235,9 @@ def backward_key_kernel(
     p_v += o_b * stride_v_b + o_h * stride_v_h
     b_v = load_rows(p_v, s_start, S, stride_v_s, BLOCK_S, DV, True, INTERPRET)
     p_d_out += o_b * stride_do_b + o_h * stride_do_h
-    p_lse2 += bh.to(tl.int64) * Q
+    p_stats += bh.to(tl.int64) * Q
     p_delta += bh.to(tl.int64) * Q
+    stats_size = BH.to(tl.int64) * Q
 
     end = Q
     if p_padding is not None:
@@ -262,8 +270,9 @@ def backward_key_kernel(
         if p_q_pos is not None:
             b_q_pos = load_rows(p_q_pos, q_start, Q, stride_qp_q, BLOCK_Q, DP, True, INTERPRET)
             b_z = tl.dot(b_k_pos, b_q_pos.T, b_z, input_precision=PRECISION)
-        b_lse = tl.load(p_lse2 + o_q, mask=m_q, other=0.0)
-        b_p = tl.exp2(b_z * to_log2 - b_lse[None, :])
+        b_m = tl.load(p_stats + o_q, mask=m_q, other=0.0)
+        b_log_l = tl.load(p_stats + stats_size + o_q, mask=m_q, other=0.0)
+        b_p = weights(b_z, b_m[None, :], b_log_l[None, :], to_log2)
 
         b_d_out = load_rows(p_d_out, q_start, Q, stride_do_q, BLOCK_Q, DV, True, INTERPRET)
         b_dp = tl.dot(b_v, b_d_out.T, input_precision=PRECISION)

@@ -2,14 +2,19 @@
 
 Per image and head, with a = scale · log2(e) and the rows of one query block in registers,
 
-    z = a · (q_content · k_contentᵀ + q_pos · k_posᵀ)        two dots into one accumulator, nothing is concatenated
-    m' = max(m, max z),  l' = l · 2^(m − m') + Σ 2^(z − m')   online softmax over blocks of keys
-    o' = o · 2^(m − m') + 2^(z − m') · v                      dropout thins the weights of this sum, not those of l
-    out = o / l,  lse = ln 2 · (m + log2 l)
+    z = q_content · k_contentᵀ + q_pos · k_posᵀ      two dots into one accumulator, nothing is concatenated
+    m' = max(m, max z)                               online softmax over blocks of keys
+    l' = l · 2^(a (m − m')) + Σ 2^(a (z − m'))
+    o' = o · 2^(a (m − m')) + 2^(a (z − m')) · v     dropout thins the weights of this sum, not those of l
+    out = o / l                                      m and log2 l are kept for the backward
+
+The maximum is subtracted before the scale is multiplied in. a z − a m in one fused multiply-add saves an instruction,
+but leaves the rounding error of a m in the exponent: at logits of 1e10, which a box of width 1e-12 makes, 2^±500.
 
 m starts at a finite floor, so that a block without a single visible key adds exact zeros and no NaN: a row that sees
-no key ends with l = 0, out = 0 and lse = −inf. When there are few query blocks the keys are split over programs, each
-of which writes its own (out, lse) in fp32; a second kernel weighs them with 2^lse in a fixed order.
+no key ends with l = 0 and out = 0; its log2 l is written as +inf, which makes its weights 0 in the backward. When there
+are few query blocks the keys are split over programs, each of which writes its own out, m and log2 l in fp32; a second
+kernel weighs them with l · 2^(a (m − max m)) in a fixed order.
 """
 
 import triton
@@ -18,7 +23,6 @@ import triton.language as tl
 from dab_fast.kernels._common import load_rows, store_rows, tile_width
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 FLOOR = tl.constexpr(-1.0e38)
 SCAN = tl.constexpr(2048)
 
@@ -79,6 +83,12 @@ def visibility(
     return b_z
 
 
+@triton.jit
+def log_of_sum(b_l):
+    """log2 l; +inf where no key was seen."""
+    return tl.log2(tl.where(b_l == 0.0, float("inf"), b_l))
+
+
 @triton.jit(do_not_specialize=UNALIGNED)
 def forward_kernel(
     p_q_content,  # [B, Q, H, D]
@@ -90,7 +100,7 @@ def forward_kernel(
     p_hidden,  # [B·H, Q, S] or None, nonzero = hidden
     p_rng,  # [2] int64 or None: seed, offset
     p_out,  # [splits, B, Q, H, DV]
-    p_lse,  # [splits, B, H, Q]
+    p_stats,  # [splits, 2, B, H, Q]: m, log2 l
     stride_qc_b,
     stride_qc_q,
     stride_qc_h,
@@ -174,9 +184,9 @@ def forward_kernel(
                 b_k = load_rows(p_k_pos, s_start, end, stride_kp_s, BLOCK_S, DP, TAIL, INTERPRET)
                 b_z = tl.dot(b_q_pos, b_k.T, b_z, input_precision=PRECISION)
 
-            b_m_new = tl.maximum(b_m, tl.max(b_z, 1) * to_log2)
-            b_p = tl.exp2(b_z * to_log2 - b_m_new[:, None])
-            b_fade = tl.exp2(b_m - b_m_new)
+            b_m_new = tl.maximum(b_m, tl.max(b_z, 1))
+            b_p = tl.exp2((b_z - b_m_new[:, None]) * to_log2)
+            b_fade = tl.exp2((b_m - b_m_new) * to_log2)
             b_l = b_l * b_fade + tl.sum(b_p, 1)
             b_m = b_m_new
             if p_rng is not None:
@@ -185,24 +195,24 @@ def forward_kernel(
             b_out = b_out * b_fade[:, None]
             b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out, input_precision=PRECISION)
 
-    b_l_safe = tl.where(b_l == 0.0, 1.0, b_l)
-    b_out = b_out * (tl.cast(dropout_scale, tl.float32) / b_l_safe)[:, None]
-    b_lse = tl.where(b_l == 0.0, float("-inf"), (b_m + tl.log2(b_l_safe)) * LN2)
-
+    b_out = b_out * (tl.cast(dropout_scale, tl.float32) / tl.where(b_l == 0.0, 1.0, b_l))[:, None]
     p_out += ((split.to(tl.int64) * (BH // H) + o_b) * Q * H + o_h) * DV
     store_rows(p_out, q_start, Q, H * DV, b_out, BLOCK_Q, DV)
-    tl.store(p_lse + (split.to(tl.int64) * BH + bh) * Q + o_q, b_lse, mask=m_q)
+    p_stats += (split.to(tl.int64) * 2 * BH + bh) * Q + o_q
+    tl.store(p_stats, b_m, mask=m_q)
+    tl.store(p_stats + BH.to(tl.int64) * Q, log_of_sum(b_l), mask=m_q)
 
 
 @triton.jit(do_not_specialize=UNALIGNED)
 def combine_kernel(
     p_part_out,  # [SPLITS, B, Q, H, DV] fp32
-    p_part_lse,  # [SPLITS, B, H, Q]
+    p_part_stats,  # [SPLITS, 2, B, H, Q]: m, log2 l
     p_out,  # [B, Q, H, DV]
-    p_lse,  # [B, H, Q]
+    p_stats,  # [2, B, H, Q]
     BH,
     H,
     Q,
+    scale,
     DV: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -213,21 +223,24 @@ def combine_kernel(
     o_col = tl.arange(0, tile_width(DV))
     m_q = o_q < Q
     m_out = m_q[:, None] & (o_col < DV)[None, :]
-    p_lse_row = p_part_lse + bh * Q + o_q
+    stats_size = BH.to(tl.int64) * Q
+    o_stats = bh * Q + o_q
     o_out = (((bh // H) * Q + o_q) * H + bh % H)[:, None] * DV + o_col[None, :]
-    lse_stride = BH.to(tl.int64) * Q
 
+    to_log2 = tl.cast(scale, tl.float32) * LOG2E
     b_m = tl.full([BLOCK_Q], FLOOR, tl.float32)
     for split in tl.static_range(SPLITS):
-        b_m = tl.maximum(b_m, tl.load(p_lse_row + split * lse_stride, mask=m_q, other=0.0))
+        b_m = tl.maximum(b_m, tl.load(p_part_stats + 2 * split * stats_size + o_stats, mask=m_q, other=0.0))
     b_l = tl.zeros([BLOCK_Q], tl.float32)
     b_out = tl.zeros([BLOCK_Q, tile_width(DV)], tl.float32)
     for split in tl.static_range(SPLITS):
-        b_weight = tl.exp2((tl.load(p_lse_row + split * lse_stride, mask=m_q, other=0.0) - b_m) * LOG2E)
+        p_part = p_part_stats + 2 * split * stats_size + o_stats
+        b_log_l = tl.load(p_part + stats_size, mask=m_q, other=0.0)
+        b_log_l = tl.where(b_log_l == float("inf"), float("-inf"), b_log_l)
+        b_weight = tl.exp2((tl.load(p_part, mask=m_q, other=0.0) - b_m) * to_log2 + b_log_l)
         b_l += b_weight
-        b_out += b_weight[:, None] * tl.load(p_part_out + split * lse_stride * DV + o_out, mask=m_out, other=0.0)
-    b_l_safe = tl.where(b_l == 0.0, 1.0, b_l)
-    b_out = b_out / b_l_safe[:, None]
-    b_lse = tl.where(b_l == 0.0, float("-inf"), b_m + tl.log2(b_l_safe) * LN2)
+        b_out += b_weight[:, None] * tl.load(p_part_out + split * stats_size * DV + o_out, mask=m_out, other=0.0)
+    b_out = b_out / tl.where(b_l == 0.0, 1.0, b_l)[:, None]
     tl.store(p_out + o_out, b_out.to(p_out.dtype.element_ty), mask=m_out)
-    tl.store(p_lse + bh * Q + o_q, b_lse, mask=m_q)
+    tl.store(p_stats + o_stats, b_m, mask=m_q)
+    tl.store(p_stats + stats_size + o_stats, log_of_sum(b_l), mask=m_q)

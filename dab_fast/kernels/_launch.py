@@ -10,6 +10,11 @@ from torch import Tensor
 _NOTHING = nullcontext()
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up; triton.cdiv takes 2 µs of the host."""
+    return -(-a // b)
+
+
 def rows_of(x: Tensor) -> tuple[Tensor, int]:  # x: [..., width]
     """x as rows of adjacent elements, and the stride of a row; copies only what is no such thing."""
     if x.is_contiguous():

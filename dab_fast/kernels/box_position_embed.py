@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dab_fast.kernels._cases import CompileCase
 from dab_fast.kernels._common import INTERPRET
-from dab_fast.kernels._launch import on_device_of, rows_of
+from dab_fast.kernels._launch import cdiv, on_device_of, rows_of
 from dab_fast.kernels._math import exp, sigmoid, sin_cos_turns
 
 
@@ -154,11 +154,19 @@ def backward_kernel(
         if QUERY and slot < 2:
             p_q = p_d_query + o_row[:, None] * s_d_query + o_f[None, :]
             b_d_q = tl.load(p_q, mask=m, other=0.0).to(tl.float32)
-            b_d_qg = b_d_q * tl.interleave(b_sin, b_cos)
+            b_g = tl.interleave(b_sin, b_cos)
+            if SCALE != "none":
+                b_s = _load_scale(p_scale, s_scale, o_row, m_row, o_f, m_f, SCALE)
             if MODULATE:
                 b_r = sigmoid(tl.load(p_logits + o_row * s_logits + col, mask=m_row, other=0.0).to(tl.float32))
                 b_size = tl.load(p_boxes + o_row * s_boxes + col + 2, mask=m_row, other=1.0).to(tl.float32)
                 b_m = b_r / b_size
+            if p_d_query.dtype.element_ty == tl.float16:  # what was saturated is constant
+                b_q = b_g * b_s if SCALE != "none" else b_g
+                b_q = b_q * b_m[:, None] if MODULATE else b_q
+                b_d_q = tl.where(tl.abs(b_q) > 65504.0, 0.0, b_d_q)
+            b_d_qg = b_d_q * b_g
+            if MODULATE:
                 b_d_q *= b_m[:, None]
             if NEED_SCALE:
                 b_d_s = b_d_qg * b_m[:, None] if MODULATE else b_d_qg
@@ -170,7 +178,6 @@ def backward_kernel(
                     p_s = p_d_scale + tl.program_id(0) * (2 * NUM_FEATS) + o_f
                     tl.store(p_s, tl.sum(b_d_s, 0), mask=m_f)
             if SCALE != "none":
-                b_s = _load_scale(p_scale, s_scale, o_row, m_row, o_f, m_f, SCALE)
                 b_d_q *= b_s
                 b_d_qg *= b_s
             b_d_g += b_d_q
@@ -247,7 +254,7 @@ def forward(
     scale, s_scale = (None, 0) if scale is None else rows_of(scale)
     logits, s_logits = (None, 0) if ref_size_logits is None else rows_of(ref_size_logits)
     with on_device_of(boxes):
-        forward_kernel[(triton.cdiv(rows, options["ROWS"]), coords)](
+        forward_kernel[(cdiv(rows, options["ROWS"]), coords)](
             boxes,
             scale,
             logits,
@@ -283,7 +290,7 @@ def backward(
     rows = math.prod(lead)
     kind = _scale_kind(boxes, scale)
     options = _options(rows, num_feats, temperature, order, True)
-    programs = triton.cdiv(rows, options["ROWS"])
+    programs = cdiv(rows, options["ROWS"])
     d_boxes = torch.empty_like(boxes, memory_format=torch.contiguous_format) if need_boxes else None
     d_scale = d_logits = None
     if need_scale and scale is not None:

@@ -5,25 +5,24 @@ from itertools import product
 from typing import Any, get_args
 
 import torch
-import triton
 from torch import Tensor
 
 from dab_fast.kernels._attention_backward import backward_key_kernel, backward_query_kernel
 from dab_fast.kernels._attention_forward import combine_kernel, forward_kernel
 from dab_fast.kernels._cases import CompileCase
 from dab_fast.kernels._common import INTERPRET
-from dab_fast.kernels._launch import on_device_of
+from dab_fast.kernels._launch import cdiv, on_device_of
 from dab_fast.kernels.configs import Arithmetic, AttentionConfig, AttentionKernel, attention_config, key_splits, num_sms
 
 COMBINE_BLOCK_Q = 8
 
 
-def addressable(tensor: Tensor) -> Tensor:
+def addressable(tensor: Tensor, rows: int = 1) -> Tensor:  # rows: which dimension they are
     """The tensor itself, or a copy where its last dimension is not dense or 64 rows span more than 32 bits.
 
     Blocks are found by 64-bit offsets; inside one they are 32 bits wide, which is a program per SM on sm_90.
     """
-    return tensor if tensor.stride(-1) == 1 and tensor.stride(1) < 2**25 else tensor.contiguous()
+    return tensor if tensor.stride(-1) == 1 and tensor.stride(rows) < 2**25 else tensor.contiguous()
 
 
 def dot_arithmetic(dtype: torch.dtype) -> Arithmetic:
@@ -61,7 +60,7 @@ def kernel_inputs(
         key_padding_mask = addressable(key_padding_mask)
         mask_strides[0] = key_padding_mask.stride(0)
     if attn_mask is not None:
-        attn_mask = addressable(attn_mask)
+        attn_mask = addressable(attn_mask, -2)
         mask_strides[1:] = (attn_mask.stride(0) if attn_mask.dim() == 3 else 0, attn_mask.stride(-2))
     return [*tensors, key_padding_mask, attn_mask], strides, mask_strides
 
@@ -103,36 +102,36 @@ def forward(
     dropout_p: float,
     config: AttentionConfig | None = None,  # the default picks the tiles and the number of splits
 ) -> tuple[Tensor, Tensor]:
-    """out [B, Q, H, DV] in the dtype of v, and the log-sum-exp of the logits [B, H, Q] in fp32."""
+    """out [B, Q, H, DV] in the dtype of v, and what the backward needs of the softmax, [2, B, H, Q] in fp32."""
     B, Q, H, D = q_content.shape
     S, DV = v.shape[1], v.shape[3]
     DP = 0 if q_pos is None else q_pos.shape[3]
     out = v.new_empty(B, Q, H, DV)
-    lse = v.new_empty(B, H, Q, dtype=torch.float32)
+    stats = v.new_empty(2, B, H, Q, dtype=torch.float32)
     if out.numel() == 0 or S == 0:
-        return out.zero_(), lse.fill_(float("-inf"))
+        return out.zero_(), stats.fill_(float("inf"))
 
     inputs, strides, mask_strides = kernel_inputs(q_content, q_pos, k_content, k_pos, v, key_padding_mask, attn_mask)
     arithmetic = dot_arithmetic(v.dtype)
     if config is None:
         config = attention_config("forward", arithmetic, max(D, DP, DV), attn_mask is not None or dropout_p > 0)
-        programs = triton.cdiv(Q, config.block_q) * B * H
-        splits = key_splits(programs, triton.cdiv(S, config.block_s), num_sms(v.device))
+        programs = cdiv(Q, config.block_q) * B * H
+        splits = key_splits(programs, cdiv(S, config.block_s), num_sms(v.device))
         config = replace(config, splits=splits)
     # Whole blocks per split; rounding up may leave fewer splits with any keys than were asked for.
-    split_size = triton.cdiv(triton.cdiv(S, config.block_s), config.splits) * config.block_s
-    splits = triton.cdiv(S, split_size)
-    part_out, part_lse = out, lse
+    split_size = cdiv(cdiv(S, config.block_s), config.splits) * config.block_s
+    splits = cdiv(S, split_size)
+    part_out, part_stats = out, stats
     if splits > 1:
         part_out = out.new_empty(splits, B, Q, H, DV, dtype=torch.float32)
-        part_lse = lse.new_empty(splits, B, H, Q)
+        part_stats = stats.new_empty(splits, 2, B, H, Q)
 
     with on_device_of(v):
-        forward_kernel[(triton.cdiv(Q, config.block_q) * B * H, splits)](
+        forward_kernel[(cdiv(Q, config.block_q) * B * H, splits)](
             *inputs,
             rng,
             part_out,
-            part_lse,
+            part_stats,
             *strides,
             *mask_strides,
             B * H,
@@ -146,10 +145,10 @@ def forward(
             **launch_options(D, DP, DV, arithmetic, config),
         )
         if splits > 1:
-            combine_kernel[(triton.cdiv(Q, COMBINE_BLOCK_Q) * B * H,)](
-                part_out, part_lse, out, lse, B * H, H, Q, **combine_options(DV, splits)
+            combine_kernel[(cdiv(Q, COMBINE_BLOCK_Q) * B * H,)](
+                part_out, part_stats, out, stats, B * H, H, Q, scale, **combine_options(DV, splits)
             )
-    return out, lse
+    return out, stats
 
 
 def backward(
@@ -163,7 +162,7 @@ def backward(
     attn_mask: Tensor | None,  # [Q, S] or [B·H, Q, S] bool, True = hidden
     rng: Tensor | None,  # [2] int64, as given to the forward
     out: Tensor,  # [B, Q, H, DV], of the forward
-    lse: Tensor,  # [B, H, Q], of the forward
+    stats: Tensor,  # [2, B, H, Q], of the forward
     scale: float,
     dropout_p: float,
     need_q_content: bool,
@@ -195,8 +194,8 @@ def backward(
     dk_pos_images = dk_pos
     if dk_pos is not None and dk_pos.shape[0] != B:
         dk_pos_images = dk_pos.new_empty(B, S, H, DP, dtype=torch.float32)
-    d_out, out, lse = addressable(d_out), out.contiguous(), lse.contiguous()
-    lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
+    d_out, out, stats = addressable(d_out), out.contiguous(), stats.contiguous()
+    delta = stats.new_empty(B, H, Q)
     inputs, strides, mask_strides = kernel_inputs(q_content, q_pos, k_content, k_pos, v, key_padding_mask, attn_mask)
     arithmetic = dot_arithmetic(v.dtype)
     kind = arithmetic, max(D, DP, DV), attn_mask is not None or dropout_p > 0
@@ -206,6 +205,7 @@ def backward(
         *strides,
         *d_out.stride()[:3],
         *mask_strides,
+        B * H,
         H,
         Q,
         S,
@@ -215,13 +215,12 @@ def backward(
     )
     with on_device_of(v):
         # Always: the second kernel needs D, too.
-        backward_query_kernel[(triton.cdiv(Q, query_config.block_q) * B * H,)](
+        backward_query_kernel[(cdiv(Q, query_config.block_q) * B * H,)](
             *inputs,
             rng,
             out,
-            lse,
+            stats,
             d_out,
-            lse2,
             delta,
             dq_content,
             dq_pos,
@@ -229,10 +228,10 @@ def backward(
             **launch_options(D, DP, DV, arithmetic, query_config),
         )
         if need_k_content or need_k_pos or need_v:
-            backward_key_kernel[(triton.cdiv(S, key_config.block_s) * B * H,)](
+            backward_key_kernel[(cdiv(S, key_config.block_s) * B * H,)](
                 *inputs,
                 rng,
-                lse2,
+                stats,
                 delta,
                 d_out,
                 dk_content,
@@ -270,7 +269,7 @@ def compile_cases() -> list[CompileCase]:
             **dict.fromkeys(("p_q_content", "p_k_content", "p_v", "p_d_out", "p_dq_content"), element),
             **dict.fromkeys(("p_dk_content", "p_dv"), element),
             **dict.fromkeys(("p_q_pos", "p_k_pos", "p_dq_pos"), pos),
-            **dict.fromkeys(("p_lse", "p_lse2", "p_delta"), "fp32"),
+            **dict.fromkeys(("p_stats", "p_delta"), "fp32"),
             "p_out": "fp32" if "split" in variant else element,
             "p_dk_pos": pos and "fp32",  # shared by the images
             "p_padding": "i1" if "padding" in variant else None,
@@ -298,8 +297,8 @@ def compile_cases() -> list[CompileCase]:
         CompileCase(
             name=f"attention combine {width} {splits}",
             kernel=combine_kernel,
-            pointers={"p_part_out": "fp32", "p_part_lse": "fp32", "p_out": "bf16", "p_lse": "fp32"},
-            floats=(),
+            pointers={"p_part_out": "fp32", "p_part_stats": "fp32", "p_out": "bf16", "p_stats": "fp32"},
+            floats=("scale",),
             options=combine_options(width, splits),
             tensor_cores=False,
             default=width == 32 and splits == 4,

@@ -26,9 +26,14 @@ from torch import Tensor
 
 from dab_fast.kernels._cases import CompileCase
 from dab_fast.kernels._common import INTERPRET
-from dab_fast.kernels._launch import on_device_of, rows_of
+from dab_fast.kernels._launch import cdiv, on_device_of, rows_of
 from dab_fast.kernels._math import sigmoid
 from dab_fast.reference import autocast_off
+
+
+@triton.jit
+def _relu(x):
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)  # a diverged model must not look sound
 
 
 @triton.jit
@@ -102,12 +107,12 @@ def forward_kernel(
             b_w = tl.load(p_w, mask=m_n[None, :] & m_k[:, None], other=0.0).to(tl.float32)
             b_h1 = tl.dot(b_x, b_w, b_h1, input_precision=FIRST)
         b_bias = tl.load(p_b1 + o_n, mask=m_n, other=0.0).to(tl.float32)
-        b_h1 = tl.maximum(b_h1 + b_bias[None, :], 0.0)
+        b_h1 = _relu(b_h1 + b_bias[None, :])
         if KEEP:
             tl.store(p_h1 + o_row[:, None] * D + o_n[None, :], b_h1, mask=m_m[:, None] & m_n[None, :])
         b_h2 = tl.dot(b_h1, b_w2, b_h2, input_precision="tf32x3")
     b_bias = tl.load(p_b2 + o_d, mask=m_d, other=0.0).to(tl.float32)
-    b_h2 = tl.maximum(b_h2 + b_bias[None, :], 0.0)
+    b_h2 = _relu(b_h2 + b_bias[None, :])
     if KEEP:
         tl.store(p_h2 + o_row[:, None] * D + o_d[None, :], b_h2, mask=m_m[:, None] & m_d[None, :])
     for j in range(4):  # not unrolled, which would take the registers of four rows of W3
@@ -179,7 +184,7 @@ def backward_kernel(
             m_jk = m_j[:, None] & m_k[None, :]
             b_h2 = tl.load(p_h2 + o_row[:, None] * D + o_k[None, :], mask=m_mk, other=0.0)
             b_w = tl.load(p_w3 + o_j[:, None] * D + o_k[None, :], mask=m_jk, other=0.0).to(tl.float32)
-            b_d_h2 = tl.where(b_h2 > 0.0, tl.dot(b_delta, b_w, input_precision="tf32x3"), 0.0)
+            b_d_h2 = tl.where(b_h2 <= 0.0, 0.0, tl.dot(b_delta, b_w, input_precision="tf32x3"))
             tl.store(p_d_h2 + o_row[:, None] * D + o_k[None, :], b_d_h2, mask=m_mk)
             if NEED_WEIGHTS:
                 b_d_w = tl.dot(tl.trans(b_delta), b_h2, input_precision="tf32x3")
@@ -206,7 +211,7 @@ def backward_kernel(
                 b_w = tl.load(p_w, mask=m_k[:, None] & m_n[None, :], other=0.0).to(tl.float32)
                 b_d_h1 = tl.dot(b_d, b_w, b_d_h1, input_precision="tf32x3")
             b_h1 = tl.load(p_h1 + o_row[:, None] * D + o_n[None, :], mask=m_mn, other=0.0)
-            b_d_h1 = tl.where(b_h1 > 0.0, b_d_h1, 0.0)
+            b_d_h1 = tl.where(b_h1 <= 0.0, 0.0, b_d_h1)
             if NEED_WEIGHTS:
                 tl.store(p_d_h1 + o_row[:, None] * D + o_n[None, :], b_d_h1, mask=m_mn)
                 tl.store(p_sums + 4 * D + o_n, tl.sum(b_d_h1, 0), mask=m_n)
@@ -277,7 +282,7 @@ def forward(
     hidden, s_hidden = rows_of(hidden)
     boxes, s_boxes = rows_of(boxes)
     with on_device_of(hidden):
-        forward_kernel[(triton.cdiv(rows, options["BLOCK_M"]), layers)](
+        forward_kernel[(cdiv(rows, options["BLOCK_M"]), layers)](
             hidden,
             boxes,
             *(x.contiguous() for x in (w1, b1, w2, b2, w3, b3)),
@@ -313,7 +318,7 @@ def backward(
     layers = w1.shape[0] if w1.dim() == 3 else 1
     rows = refined.numel() // (4 * layers) if layers else 0
     options = _options(rows * layers, d, boxes.shape[-1], eps, w1.dim() == 3, False)
-    programs = triton.cdiv(rows, options["BLOCK_M"])
+    programs = cdiv(rows, options["BLOCK_M"])
     d_hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if need_hidden else None
     d_boxes = torch.empty(boxes.shape, dtype=boxes.dtype, device=hidden.device) if need_boxes else None
     results = [x for x in (d_hidden, d_boxes) if x is not None]

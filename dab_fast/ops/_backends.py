@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 BACKENDS = ("native", "triton", "torch")  # in the order in which `auto` tries them
 PACKAGES = {"native": "dab_fast.native", "triton": "dab_fast.kernels"}  # a module per op, with `forward` and `backward`
@@ -145,8 +146,14 @@ def _candidates(choice: str, op: str, device_type: str, device_index: int | None
     )
 
 
+def transformed() -> bool:
+    """Whether torch.func or forward-mode AD is at work, which only plain PyTorch serves."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 # What torch.compiler.assume_constant_result does, without its import of torch._dynamo, which takes a second.
 _candidates._dynamo_marked_constant = True  # type: ignore[attr-defined]
+transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 _known: dict[tuple[str, str, torch.device], tuple[tuple[str, ...], str]] = {}
 _logged: set[tuple[str, torch.device, str]] = set()
@@ -172,8 +179,8 @@ def select(op: str, x: Tensor, limits: Limits, *args: Any) -> str:
         if found is None:
             found = _known[key] = _candidates(_choice, op, x.device.type, x.device.index)
         names, why = found
-        if torch._C._are_functorch_transforms_active():
-            names, why = tuple(name for name in names if name == "torch"), "torch.func transforms need plain PyTorch"
+    if transformed():
+        names, why = tuple(n for n in names if n == "torch"), "torch.func and forward-mode AD need plain PyTorch"
     for name in names:
         reason = limits[name](*args) if name in limits else None
         if reason is None:

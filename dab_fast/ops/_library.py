@@ -111,9 +111,9 @@ def _modulated_cross_attention(
     scale: float,
     dropout_p: float,
     backend: str,
-) -> tuple[Tensor, Tensor]:  # [B, Q, H, d_v], and the log-sum-exp of the logits, float32 [B, H, Q]
+) -> tuple[Tensor, Tensor]:  # [B, Q, H, d_v]; float32 [2, B, H, Q]: the softmax, for the backward
     b, q, h, _ = q_content.shape
-    return v.new_empty(b, q, h, v.shape[3]), v.new_empty(b, h, q, dtype=torch.float32)
+    return v.new_empty(b, q, h, v.shape[3]), v.new_empty(2, b, h, q, dtype=torch.float32)
 
 
 modulated_cross_attention = _define(
@@ -135,7 +135,7 @@ def _modulated_cross_attention_backward(
     attn_mask: Tensor | None,
     rng: Tensor | None,
     out: Tensor,  # of the forward
-    lse: Tensor,  # of the forward
+    stats: Tensor,  # of the forward
     scale: float,
     dropout_p: float,
     need_q_content: bool,
@@ -152,7 +152,7 @@ def _modulated_cross_attention_backward(
 
 modulated_cross_attention_backward = _define(
     "modulated_cross_attention_backward(Tensor d_out, Tensor q_content, Tensor? q_pos, Tensor k_content, "
-    "Tensor? k_pos, Tensor v, Tensor? key_padding_mask, Tensor? attn_mask, Tensor? rng, Tensor out, Tensor lse, "
+    "Tensor? k_pos, Tensor v, Tensor? key_padding_mask, Tensor? attn_mask, Tensor? rng, Tensor out, Tensor stats, "
     "float scale, float dropout_p, bool need_q_content, bool need_q_pos, bool need_k_content, bool need_k_pos, "
     "bool need_v, str backend) -> Tensor[]",
     _modulated_cross_attention_backward,

@@ -21,10 +21,10 @@ def sine_embed(
 ) -> Tensor:  # [..., n * num_feats]
     """sin and cos of 2*pi*c / temperature^(2*floor(i/2) / num_feats) for every coordinate c and feature i."""
     _check_embedding("coordinates", coordinates, num_feats, order)
+    temperature = _library.constant(temperature)
     backend = _backends.select("box_position_embed", coordinates, _LIMITS, coordinates.dtype, num_feats, (coordinates,))
     if backend == "torch":
         return reference.sine_embed(coordinates, num_feats, temperature, order)
-    temperature = _library.constant(temperature)
     args = (coordinates, None, None, num_feats, temperature, order, coordinates.dtype, False, backend)
     if torch.is_grad_enabled() and coordinates.requires_grad:
         return _BoxPositionEmbed.apply(*args)[0]
@@ -43,16 +43,20 @@ def box_position_embed(
 ) -> tuple[Tensor, Tensor]:  # [..., n * num_feats], [..., 2 * num_feats]
     """The sine embedding g of `boxes`, and g's center half times `scale` times sigmoid(ref_size_logits) / (w, h)."""
     _check_embedding("boxes", boxes, num_feats, order)
+    temperature = _library.constant(temperature)
     if boxes.shape[-1] not in (2, 4):
         raise ValueError(f"boxes must have shape [..., 2] or [..., 4], got {list(boxes.shape)}")
     if scale is not None:
-        width = 1 if scale.shape[-1:] == (1,) else 2 * num_feats
+        check_tensor("scale", scale, (None,), leading=True)
+        width = 1 if scale.shape[-1] == 1 else 2 * num_feats
         check_tensor("scale", scale, (width,) if scale.dim() == 1 else (*boxes.shape[:-1], width), like=boxes)
     if ref_size_logits is not None:
         check_tensor("ref_size_logits", ref_size_logits, (*boxes.shape[:-1], 2), like=boxes)
         if boxes.shape[-1] != 4:
             raise ValueError(f"boxes must have shape [..., 4] for ref_size_logits, got {list(boxes.shape)}")
     dtype = dtype or boxes.dtype
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype must be floating point, got {dtype}")
     backend = _backends.select("box_position_embed", boxes, _LIMITS, dtype, num_feats, (boxes, scale, ref_size_logits))
     if backend == "torch":
         return reference.box_position_embed(
@@ -61,7 +65,6 @@ def box_position_embed(
     if scale is not None and scale.shape == (1,):
         # So that its gradient is summed in float32 at least.
         scale = reference.at_least_float32(scale).expand(*boxes.shape[:-1], 1)
-    temperature = _library.constant(temperature)
     args = (boxes, scale, ref_size_logits, num_feats, temperature, order, dtype, True, backend)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in args[:3]):
         return _BoxPositionEmbed.apply(*args)

@@ -30,7 +30,32 @@ def modulated_cross_attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:  # [B, Q, H, d_v]
-    """softmax(scale * (q_content . k_content + q_pos . k_pos)) v, with zeros where every key is masked."""
+    """softmax(scale * (q_content . k_content + q_pos . k_pos)) v: attention with q and k in two parts, per head.
+
+    Args:
+        q_content: Tensor[B, Q, H, d], as a view of its projection: any strides.
+        q_pos: Tensor[B, Q, H, d_pos], the projected modulated sine embedding of the anchors; None together with k_pos
+            is ordinary attention.
+        k_content: Tensor[B, S, H, d].
+        k_pos: Tensor[B or 1, S, H, d_pos]; 1 where all images share it.
+        v: Tensor[B, S, H, d_v].
+        key_padding_mask: bool Tensor[B, S], True = padded: no query sees that key.
+        attn_mask: bool Tensor[Q, S], or [B * H, Q, S] as `nn.MultiheadAttention` takes it; True = hidden.
+        scale: of the logits; the default is 1 / sqrt(d + d_pos), that of the concatenated query.
+        dropout_p: of the attention weights, in [0, 1); drawn from the device's default generator.
+
+    Returns:
+        Tensor[B, Q, H, d_v] in the dtype of v (autocast's, where that is on). A query that sees no key gets zeros.
+
+    Logits, softmax and sums are float32 at least. Backward is deterministic, and computes the weights again instead of
+    keeping them.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is said here.
+        BackendUnavailable: the backend chosen by name cannot run this.
+
+    Source: conditional cross-attention of IDEA-Research/DAB-DETR, `TransformerDecoderLayer.forward` and `attention.py`.
+    """
     check_tensor("q_content", q_content, ("B", "Q", "H", "d"))
     b, q, h, d = q_content.shape
     check_tensor("k_content", k_content, (b, "S", h, d), like=q_content)
@@ -53,7 +78,8 @@ def modulated_cross_attention(
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     tensors = (q_content, q_pos, k_content, k_pos, v)
     given = [x for x in tensors if x is not None]
-    dtypes = [reference.compute_dtype(x) for x in given]
+    autocast = torch.is_autocast_enabled(v.device.type)
+    dtypes = [reference.compute_dtype(x) if autocast else x.dtype for x in given]
     widest = max(x.shape[-1] for x in given)
     backend = _backends.select("modulated_cross_attention", q_content, _LIMITS, dtypes, widest, scale)
     if backend == "torch":
@@ -64,7 +90,8 @@ def modulated_cross_attention(
     if dropout_p > 0:
         # On the device, from its default generator: seeding, checkpointing and CUDA-graph replays see it.
         rng = torch.randint(-(2**63), 2**63 - 1, (2,), device=q_content.device)
-    casted = [None if x is None else x.to(dtypes[0]) for x in tensors]
+    dtype = dtypes[0]
+    casted = [x if x is None or x.dtype == dtype else reference.saturate(x, dtype) for x in tensors]
     args = (*casted, key_padding_mask, attn_mask, rng, scale, dropout_p, backend)
     if torch.is_grad_enabled() and any(x.requires_grad for x in given):
         return _ModulatedCrossAttention.apply(*args)
@@ -88,8 +115,8 @@ class _ModulatedCrossAttention(torch.autograd.Function):
         backend: str,
     ) -> Tensor:  # [B, Q, H, d_v]
         inputs = (q_content, q_pos, k_content, k_pos, v, key_padding_mask, attn_mask, rng)
-        out, lse = _library.modulated_cross_attention(*inputs, scale, dropout_p, backend)
-        ctx.save_for_backward(*inputs, out, lse)
+        out, stats = _library.modulated_cross_attention(*inputs, scale, dropout_p, backend)
+        ctx.save_for_backward(*inputs, out, stats)
         ctx.options = scale, dropout_p
         ctx.backend = backend
         return out
@@ -119,13 +146,20 @@ def composition(
 
     The fused CPU kernel wants v as wide as q and k: padding v there takes half the time of materialised scores
     (S = 4200: 17 ms against 33 ms on two cores, concatenating the two parts included) and saves no score matrix.
+    Its backward is wrong where logits are huge, see `_fused_backward_is_right`.
     On CUDA the memory-efficient kernel takes unequal widths; its backward is not deterministic, so it serves inference.
     """
+    given = [x for x in (q_content, q_pos, k_content, k_pos, v) if x is not None]
     on_cpu = v.device.type == "cpu"
-    grad = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (q_content, q_pos, k_content, k_pos, v)
-    )
-    if dropout_p > 0 or not v.shape[1] or not (on_cpu or (v.device.type == "cuda" and not grad)):
+    grad = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    same_dtype = torch.is_autocast_enabled(v.device.type) or all(x.dtype == v.dtype for x in given)
+    if (
+        dropout_p > 0
+        or not v.shape[1]
+        or not same_dtype
+        or not (on_cpu or (v.device.type == "cuda" and not grad))
+        or (grad and not _fused_backward_is_right(q_content, q_pos, k_content, k_pos, scale))
+    ):
         return reference.modulated_cross_attention(
             q_content,
             q_pos,
@@ -143,7 +177,7 @@ def composition(
         q_content = torch.cat((q_content, q_pos), -1)
         k_content = torch.cat((k_content, k_pos.expand(b, -1, -1, -1)), -1)
         if on_cpu:
-            v = F.pad(v, (0, q_content.shape[-1] - d_v))
+            v = F.pad(v, (0, max(0, q_content.shape[-1] - d_v)))
     visible = blind = None
     if key_padding_mask is not None:
         visible = ~key_padding_mask[:, None, None, :]
@@ -160,6 +194,39 @@ def composition(
     if blind is not None:
         attended = attended.masked_fill(blind, 0)
     return attended.transpose(1, 2)[..., :d_v]
+
+
+def _fused_backward_is_right(
+    q_content: Tensor,  # [B, Q, H, d]
+    q_pos: Tensor | None,  # [B, Q, H, d_pos]
+    k_content: Tensor,  # [B, S, H, d]
+    k_pos: Tensor | None,  # [B or 1, S, H, d_pos]
+    scale: float | None,
+) -> bool:
+    """Whether the logits are small enough for the backward of PyTorch's fused CPU attention.
+
+    It computes the weights again as exp(logit - log-sum-exp), and what those two lost to rounding comes back as a
+    factor. Measured on dv (torch 2.13): an error of 2e-3 at logits of 1e4, of 1e13 at 1e8, NaN at 1e10; a box as narrow
+    as 1e-6 makes such. The bound is loose, some 30 times the largest logit of normal random numbers, so this begins to
+    say no at logits of a hundred or so, and no later than at 4096.
+    """
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return True
+    if torch.compiler.is_compiling():
+        return False  # it depends on the numbers
+    if not q_content.numel():
+        return True
+    bound = 0.0
+    for q, k in ((q_content, k_content), (q_pos, k_pos)):
+        if q is not None and k is not None:
+            bound += q.shape[-1] * _largest(q) * _largest(k)
+    width = q_content.shape[-1] + (0 if q_pos is None else q_pos.shape[-1])
+    return bound * (1 / math.sqrt(width) if scale is None else abs(scale)) <= 4096
+
+
+def _largest(x: Tensor) -> float:
+    low, high = torch.aminmax(x.detach())
+    return max(-low.item(), high.item())
 
 
 def _triton_limits(dtypes: list[torch.dtype], widest: int, scale: float | None) -> str | None:
