@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.kernel_budget import GLOBAL_LOAD, INSTRUCTION, TENSOR_CORES, load_bytes, loops
+from benchmarks.kernel_budget import INSTRUCTION, TENSOR_CORES, load_sizes, loops, tile_loads
 
 ROOT = Path(__file__).parents[1]
 
@@ -63,9 +63,39 @@ def test_machine_code_is_read_right():
     found = INSTRUCTION.findall(code)
     assert found == ["LDC", "LDG.E.128", "HFMA2.MMA", "HGMMA.64x64x16.F32.BF16"]
     assert [i for i in found if TENSOR_CORES.match(i)] == ["HGMMA.64x64x16.F32.BF16"]
-    assert [i for i in found if GLOBAL_LOAD.match(i)] == ["LDG.E.128"]
-    sizes = {"LDG.E": 4, "LDG.E.U8": 1, "LDG.E.64.CONSTANT": 8, "LDGSTS.E.BYPASS.128": 16, "LDG.E.U16": 2}
-    assert {i: load_bytes(i) for i in sizes} == sizes
+
+
+IR = """
+#loc = loc("kernel.py":1:0)
+#loc7 = loc("common.py":37:22)
+#loc8 = loc("kernel.py":12:26)
+#loc9 = loc("kernel.py":10:5)
+#loc20 = loc("b_x"(#loc7))
+#loc21 = loc("b_lse"(#loc8))
+#loc30 = loc(callsite(#loc20 at #loc9))
+    %b_x = tt.load %p, %m, %o : tensor<64x32x!tt.ptr<bf16>, #blocked> loc(#loc30)
+    %c_x = ttg.async_copy_global_to_local %p, %q : tensor<32x32x!tt.ptr<bf16>, #b> -> <32x32xbf16, #s> loc(#loc30)
+    %b_lse = tt.load %p_lse, %m_q : tensor<64x!tt.ptr<f32>, #slice> loc(#loc21)
+"""
+
+PTX = """
+    .loc    3 37 22                         // common.py:37:22 @[ kernel.py:10:5 ]
+    @%p27 ld.global.v4.b32 { %r30, %r31, %r32, %r33 }, [ %rd12 + 0 ];
+    @%p27 ld.global.L1::evict_last.v2.b32 { %r30, %r31 }, [ %rd12 + 0 ];
+    cp.async.cg.shared.global [ %r46 + 0 ], [ %rd16 + 0 ], 0x10, %r47;
+    @%p1 cp.async.ca.shared.global [ %r12 + 0 ], [ %rd17 + 0 ], 0x4, %r48;
+    @%p1 ld.global.b8 { %rs1 }, [ %rd12 + 0 ];
+    .loc    1 12 26                         // kernel.py:12:26
+    @%p1 ld.global.b32 { %r1 }, [ %rd12 + 0 ];
+    .file   1 "kernel.py"
+    .file   3 "common.py"
+"""
+
+
+def test_loads_of_tiles_are_told_from_those_of_rows_numbers():
+    places = tile_loads(IR)
+    assert places == {("common.py", 37, 22)}
+    assert load_sizes(PTX, places) == [16, 8, 16, 4, 1]
 
 
 def test_loops_are_found():

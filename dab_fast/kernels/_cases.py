@@ -19,10 +19,10 @@ class CompileCase:
     kernel: Any  # the function under @triton.jit
     pointers: Mapping[str, str | None]  # argument: element type such as "bf16"; None where the tensor is absent
     floats: tuple[str, ...]  # scalar arguments in floating point
-    options: Mapping[str, Any]  # the constexpr arguments and num_warps, as the launch passes them
+    options: Mapping[str, Any]  # the constexpr arguments and those of the compiler, as the launch passes them
     tensor_cores: bool  # its dots must be tensor-core instructions
     default: bool = False  # compiled in `make test`, the others in `make sweep`
-    wide_loads: float = 0.75  # at least, of the loaded bytes in 16-byte loads; rows with numbers of their own have less
+    wide_loads: float = 1.0  # at least, of the bytes of its tiles in 16-byte loads
 
     def signature(self) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], list]]:
         """Types, constants and alignments as `triton.compiler.ASTSource` takes them."""

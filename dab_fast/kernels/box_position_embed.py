@@ -366,8 +366,7 @@ def compile_cases() -> list[CompileCase]:
                     options={**_options(rows, 128, 10000.0, "yxwh", bool(more)), **options, **more},
                     tensor_cores=False,
                     default=(scale, element, rows) == ("element", "fp32", 300),
-                    # The forward reads a row's few numbers and writes; a small call has no 16 bytes per thread.
-                    wide_loads=0.6 if more and rows > 300 else 0.0,
+                    wide_loads=1.0 if rows > 300 else 0.0,  # a small call has no 16 bytes per thread
                 )
             )
     return cases

@@ -1,10 +1,11 @@
 """How the attention kernels are launched: tiles, warps and pipeline stages by arithmetic and head width.
 
 Nothing is tuned during a user's step. The rows come from offline compilation (`python -m benchmarks.kernel_budget`): on
-sm_80, sm_90 and sm_100 alike no loop spills registers to speak of, and on sm_90 the decoder's own heads in half
-precision leave room for three to six programs per SM. Half-precision and tf32 tiles have 64 rows where they can, the
-height of a Hopper tensor-core instruction. Exact fp32 dots run on the ordinary multipliers and hold whole rows of both
-operands in registers, hence the small tiles.
+sm_80, sm_90 and sm_100, under the oldest triton and the newest, no loop spills registers, and on sm_90 the decoder's
+own heads in half precision leave room for three to six programs per SM. Left alone, ptxas sometimes parks values of a
+loop in local memory to fit one more program on an SM; `max_registers` forbids it where it did. Half-precision and tf32
+tiles have 64 rows where they can, the height of a Hopper tensor-core instruction. Exact fp32 dots run on the ordinary
+multipliers and hold whole rows of both operands in registers, hence the small tiles.
 """
 
 import functools
@@ -26,6 +27,7 @@ class AttentionConfig:
     block_s: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None  # of a thread; None leaves the choice to ptxas
     splits: int = 1
 
 
@@ -39,28 +41,29 @@ _ATTENTION: dict[tuple[Arithmetic, AttentionKernel, int], AttentionConfig] = {
     ("tf32", "forward", 32): AttentionConfig(64, 32, 4, 3),
     ("tf32", "forward", 64): AttentionConfig(64, 32, 4, 3),
     ("tf32", "query", 32): AttentionConfig(64, 32, 4, 2),
-    ("tf32", "query", 64): AttentionConfig(64, 32, 4, 2),
+    ("tf32", "query", 64): AttentionConfig(32, 32, 8, 2),
     ("tf32", "key", 32): AttentionConfig(32, 64, 4, 2),
     ("tf32", "key", 64): AttentionConfig(32, 32, 4, 2),
     ("ieee", "forward", 32): AttentionConfig(32, 32, 4, 2),
     ("ieee", "forward", 64): AttentionConfig(32, 32, 8, 2),
     ("ieee", "query", 32): AttentionConfig(32, 32, 4, 2),
     ("ieee", "query", 64): AttentionConfig(32, 32, 8, 2),
-    ("ieee", "key", 32): AttentionConfig(32, 32, 4, 2),
-    ("ieee", "key", 64): AttentionConfig(32, 32, 8, 2),
+    ("ieee", "key", 32): AttentionConfig(32, 32, 4, 2, 128),
+    ("ieee", "key", 64): AttentionConfig(32, 32, 8, 2, 128),
 }
 # An attention mask and the random numbers of dropout need registers, too; without a row here, the one above has them.
 _CROWDED: dict[tuple[Arithmetic, AttentionKernel, int], AttentionConfig] = {
-    ("half", "forward", 32): AttentionConfig(64, 32, 4, 2),
-    ("half", "forward", 64): AttentionConfig(64, 32, 4, 2),
+    ("half", "forward", 32): AttentionConfig(64, 32, 4, 2, 168),
+    ("half", "forward", 64): AttentionConfig(64, 32, 4, 2, 255),
     ("half", "query", 32): AttentionConfig(64, 32, 4, 2),
     ("half", "query", 64): AttentionConfig(64, 32, 8, 2),
     ("half", "key", 64): AttentionConfig(32, 32, 4, 2),
     ("tf32", "forward", 64): AttentionConfig(32, 32, 4, 1),
-    ("tf32", "query", 64): AttentionConfig(32, 32, 4, 2),
+    ("tf32", "query", 32): AttentionConfig(32, 32, 4, 2),
     ("tf32", "key", 32): AttentionConfig(32, 32, 4, 2),
     ("ieee", "forward", 32): AttentionConfig(32, 32, 8, 2),
     ("ieee", "query", 32): AttentionConfig(32, 32, 8, 2),
+    ("ieee", "key", 32): AttentionConfig(32, 32, 4, 2, 168),
 }
 
 

@@ -77,6 +77,7 @@ def launch_options(D: int, DP: int, DV: int, arithmetic: Arithmetic, config: Att
         "PRECISION": "tf32" if arithmetic == "tf32" else "ieee",
         "INTERPRET": INTERPRET,
         "num_warps": config.num_warps,
+        "maxnreg": config.max_registers,
         "enable_fp_fusion": True,
     }
 
@@ -287,9 +288,9 @@ def compile_cases() -> list[CompileCase]:
                 floats=("scale", "dropout_p", "dropout_scale"),
                 options=launch_options(width, 0 if pos is None else width, width, arithmetic, config),
                 tensor_cores=arithmetic != "ieee",
-                # tf32 dots want v transposed, which is copied to shared memory four bytes at a time. The key kernel
-                # also reads two fp32 numbers per query, which Triton 3.6 loads one by one.
-                wide_loads=0.0 if share < 16 else 0.5 if kernel == "key" else 0.6 if arithmetic == "tf32" else 0.75,
+                # tf32 dots want v transposed, which is copied to shared memory four bytes at a time: half of the tiles
+                # of a loop without positions, a third of one with.
+                wide_loads=0.0 if share < 16 else 0.5 if (arithmetic, kernel) == ("tf32", "forward") else 1.0,
                 default=width == 32 and arithmetic != "tf32" and not crowded,
             )
         )
@@ -302,7 +303,6 @@ def compile_cases() -> list[CompileCase]:
             options=combine_options(width, splits),
             tensor_cores=False,
             default=width == 32 and splits == 4,
-            wide_loads=0.6,  # of rows of 16 numbers the log-sum-exps are a third
         )
         for width, splits in product((16, 32, 64), (2, 4, 8))
     ]
