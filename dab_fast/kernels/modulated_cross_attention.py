@@ -1,6 +1,5 @@
 """The launches of the attention kernels; their mathematics stands in `_attention_forward` and `_attention_backward`."""
 
-from dataclasses import replace
 from itertools import product
 from typing import Any, get_args
 
@@ -118,9 +117,10 @@ def forward(
         config = attention_config("forward", arithmetic, max(D, DP, DV), attn_mask is not None or dropout_p > 0)
         programs = cdiv(Q, config.block_q) * B * H
         splits = key_splits(programs, cdiv(S, config.block_s), num_sms(v.device))
-        config = replace(config, splits=splits)
+    else:
+        splits = config.splits
     # Whole blocks per split; rounding up may leave fewer splits with any keys than were asked for.
-    split_size = cdiv(cdiv(S, config.block_s), config.splits) * config.block_s
+    split_size = cdiv(cdiv(S, config.block_s), splits) * config.block_s
     splits = cdiv(S, split_size)
     part_out, part_stats = out, stats
     if splits > 1:
