@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(params=["cpu", "cuda emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
-    """Of the tensors. "cuda emulated" is the CPU, where the CUDA kernels run instead of the loops (tests/cuda_on_cpu)."""
+    """Of the tensors; for "cuda emulated" the CPU, where the CUDA kernels run instead of the loops."""
     if request.param != "cuda emulated":
         yield request.param
         return

@@ -20,14 +20,16 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 COMPILER = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
-FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-# Multiply-add is fused, as nvcc does. The sanitizers' own libraries are not linked: memory.cpp and undefined.cpp are them.
+FLAGS = [
+    *("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
+    "-U_FORTIFY_SOURCE",  # its check of longjmp takes a change of stacks for an error
+]
+# Multiply-add is fused, as by nvcc. No sanitizer's own library is linked: memory.cpp and undefined.cpp stand for them.
 KERNEL_FLAGS = [
     *("-x", "c++", "-D__CUDACC__", "-include", "cuda_runtime.h", "-Wno-unknown-pragmas"),
     *(["-march=native"] if platform.machine() == "x86_64" else []),
@@ -118,10 +120,6 @@ class Emulation:
         self._library.misuse.argtypes = (ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int)
         self._library.misuse.restype = ctypes.c_char_p
 
-    def order(self, order: int) -> None:
-        """Of the threads of a block, and of blocks: 0 upwards, -1 downwards, else shuffled with this seed."""
-        self._library.emulation_order(order)
-
     def allow(self, x: Tensor, writable: bool) -> None:
         """From now on kernels may access nothing but what this was called for."""
         last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
@@ -135,8 +133,12 @@ class Emulation:
         return self._library.misuse(kernel.encode(), x.data_ptr(), threads).decode()
 
     @contextmanager
-    def instead_of_cpu(self) -> Iterator[None]:
-        """The backend `native` takes CPU tensors for CUDA tensors, and its kernels may access the operands alone."""
+    def instead_of_cpu(self, order: int = 0) -> Iterator[None]:
+        """The backend `native` takes CPU tensors for CUDA tensors, and its kernels may access the operands alone.
+
+        Args:
+            order: in which the threads of a block run, and blocks: 0 upwards, -1 downwards, else shuffled by this seed.
+        """
         from dab_fast.native import _call
 
         def told(function: Callable[..., Any], writable: bool) -> Callable[..., Any]:
@@ -163,6 +165,7 @@ class Emulation:
             result_operand=told(_call.result_operand, True),
             partial_sums=partial_sums,
         ):
+            self._library.emulation_order(order)
             yield
 
     def __getattr__(self, name: str) -> Any:

@@ -3,6 +3,7 @@
 // complete; if there are none, the kernel would hang or be undefined on a GPU, and the launch ends with an error.
 #include "executor.h"
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -26,8 +27,10 @@ constexpr unsigned kWarp = 32;
 constexpr size_t kStackBytes = 64 << 10, kSharedBytes = 48 << 10;  // more shared memory wants an attribute of the kernel
 
 struct Fiber {
-  ucontext_t context;
   std::unique_ptr<char[]> stack;
+  ucontext_t beginning;
+  jmp_buf left;  // where it goes on; swapcontext would ask the kernel for the signal mask every time
+  bool begun = false;
 };
 
 enum class State { fresh, ready, at_barrier, at_shuffle, returned };
@@ -90,11 +93,11 @@ Fiber* new_fiber() {
   grid->fibers.push_back(std::make_unique<Fiber>());
   Fiber* made = grid->fibers.back().get();
   made->stack.reset(new char[kStackBytes]);
-  getcontext(&made->context);
-  made->context.uc_stack.ss_sp = made->stack.get();
-  made->context.uc_stack.ss_size = kStackBytes;
-  made->context.uc_link = nullptr;
-  makecontext(&made->context, run_threads, 0);
+  getcontext(&made->beginning);
+  made->beginning.uc_stack.ss_sp = made->stack.get();
+  made->beginning.uc_stack.ss_size = kStackBytes;
+  made->beginning.uc_link = nullptr;
+  makecontext(&made->beginning, run_threads, 0);
   return made;
 }
 
@@ -105,10 +108,15 @@ Fiber* idle_fiber() {
   return found;
 }
 
+[[noreturn]] void enter(Fiber* target) {
+  grid->fiber = target;
+  if (std::exchange(target->begun, true)) _longjmp(target->left, 1);
+  setcontext(&target->beginning);
+  std::abort();
+}
+
 void switch_to(Fiber* target) {
-  if (target == grid->fiber) return;
-  Fiber* mine = std::exchange(grid->fiber, target);
-  swapcontext(&mine->context, &target->context);
+  if (target != grid->fiber && !_setjmp(grid->fiber->left)) enter(target);
 }
 
 const char* what_it_does(State state) {
@@ -240,8 +248,7 @@ void fail(const std::string& did_this) {
     std::abort();
   }
   failure = name_of_thread(running()->thread) + ": " + did_this;
-  setcontext(&grid->main.context);  // what lies on the stacks of the threads is left as it is
-  std::abort();
+  enter(&grid->main);  // what lies on the stacks of the threads is left as it is
 }
 
 void barrier() { wait(State::at_barrier); }
@@ -277,6 +284,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* parameters, siz
   now.order = some_order(unsigned(threads));
   memory_at_launch(Range::of(parameters, bytes), config.dynamicSmemBytes);
   failure.clear();
+  now.main.begun = true;
   gridDim = size;
   blockDim = block;
   grid = &now;
