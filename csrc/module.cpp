@@ -1,5 +1,5 @@
-// dab_fast._C: the kernels, called with addresses, sizes and strides. No torch header: dab_fast/ops/_native.py reads
-// tensors and makes the results.
+// dab_fast._C: the kernels, called with addresses, sizes and strides. No torch header: dab_fast/native/ reads tensors
+// and makes the results.
 #include <pybind11/pybind11.h>
 
 #include <string>

@@ -231,7 +231,6 @@ const Running* running() {
   if (!grid || grid->fiber == &grid->main) return nullptr;
   Running& now = grid->running;
   now.thread = uint32_t(grid->block_number * grid->threads.size() + grid->current);
-  now.threads_of_a_block = uint32_t(grid->threads.size());
   now.stack = Range::of(grid->fiber->stack.get(), kStackBytes);
   return &now;
 }
@@ -293,7 +292,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* parameters, siz
     blockIdx = place(number, size);
     now.threads.assign(threads, Thread());
     now.ready.assign(now.order.begin(), now.order.end());
-    ++now.running.epoch;
+    now.running.block_epoch = ++now.running.epoch;
     run_another();
     if (!failure.empty()) break;
   }

@@ -17,9 +17,8 @@ struct Range {
 
 // The thread of the kernel that runs now.
 struct Running {
-  uint32_t thread;             // in the grid, blocks one after the other
-  uint32_t threads_of_a_block;
-  uint32_t epoch;              // grows with every barrier that a block passes, and with every block
+  uint32_t thread;              // in the grid, blocks one after the other
+  uint32_t epoch, block_epoch;  // how many barriers blocks have passed, each block's beginning too; when this one began
   Range stack;
 };
 

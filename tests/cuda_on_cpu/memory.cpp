@@ -69,17 +69,14 @@ void clear(Region& region) { region.cells.assign((region.range.end - region.rang
 }
 
 void visit(Region& region, uintptr_t address, size_t size, bool write, const Running& now) {
-  // Whether an access of another thread may fall together with this one.
+  // Whether an access of another thread may fall together with this one: in another block, or with no barrier between.
   const auto races = [&](uint32_t thread, uint32_t epoch) {
-    if (thread == kNobody || thread == now.thread) return false;
-    const bool same_block = thread != kSeveral && thread / now.threads_of_a_block == now.thread / now.threads_of_a_block;
-    return thread == kSeveral ? epoch == now.epoch : !same_block || epoch == now.epoch;
+    return thread != kNobody && thread != now.thread && (epoch < now.block_epoch || epoch == now.epoch);
   };
   for (size_t i = (address - region.range.begin) / kCell; i * kCell < address + size - region.range.begin; ++i) {
     Cell& cell = region.cells[i];
-    const uint32_t block = now.thread / now.threads_of_a_block;
     if (&region == &shared) {  // every block has its own
-      if (cell.writer != kNobody && cell.writer / now.threads_of_a_block != block) cell = Cell();
+      if (cell.written < now.block_epoch) cell = Cell();
       if (!write && cell.writer == kNobody) fail("reads shared memory that nothing has written");
     }
     if (races(cell.writer, cell.written)) fail_race(write ? "writes" : "reads", cell.writer, "writes");
