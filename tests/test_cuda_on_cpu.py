@@ -8,7 +8,7 @@ import torch
 
 from dab_fast import ops, reference
 from dab_fast.native import _call
-from tests.test_native import Tail, assert_as_good, results_and_gradients, some_boxes
+from tests.test_native import Tail, assert_as_good, results_and_gradients, some_boxes, tail
 
 ORDERS = (0, -1, 7)  # upwards, downwards, shuffled
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -70,13 +70,6 @@ def test_sizes_of_the_embedding(rows, feats, n, kind, dtype, cuda_on_cpu):
 @pytest.mark.parametrize("rows", [1, 7, 300, 1000])
 def test_every_size_of_the_embedding(rows, feats, n, kind, dtype, cuda_on_cpu):
     check_embedding(cuda_on_cpu, rows, feats, n, kind, dtype)
-
-
-def tail(h2, boxes, w3, b3):
-    logits = torch.nn.functional.linear(h2, w3, b3)
-    n = boxes.shape[-1]
-    moved = logits[..., :n] + reference.inverse_sigmoid(boxes, 1e-2).to(logits)
-    return torch.cat((moved, logits[..., n:]), -1).sigmoid()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

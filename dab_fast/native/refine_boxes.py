@@ -55,7 +55,7 @@ def backward(
 ) -> list[Tensor]:  # those needed of d_hidden; d_boxes; d_w1, d_w2, [(L,) 6 * D + 4] of w3, b1, b2, b3 in float32
     """The gradients; those of w3, b1, b2 and b3 follow one another in one tensor."""
     d = hidden.shape[-1]
-    d_h2 = torch.empty_like(h2) if need_hidden or need_weights else None
+    d_h2 = h2.new_empty(h2.shape) if need_hidden or need_weights else None
     d_boxes = boxes.new_empty(boxes.shape) if need_boxes else None
     sums = h2.new_empty((*w1.shape[:-2], 6 * d + 4)) if need_weights else None
     if w1.dim() == 2:
