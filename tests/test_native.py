@@ -57,12 +57,21 @@ def assert_as_good(ours, theirs, exact):
         assert error(a, truth) <= 2 * error(b, truth) + roundings * torch.finfo(a.dtype).eps
 
 
-def apart(x):
-    """x at an address and with strides that no vector access can use."""
-    return torch.nn.functional.pad(x, (1, 0))[..., 1:]
+def shifted(x):
+    """x at an address that no vector access can use."""
+    return torch.nn.functional.pad(x, (1, 15))[..., 1:-15]
 
 
-def results_and_gradients(function, inputs, d_results, place=lambda x: x):
+def wider(x):
+    """x with strides that no vector access can use."""
+    return torch.nn.functional.pad(x, (0, 1))[..., :-1]
+
+
+def as_it_is(x):
+    return x
+
+
+def results_and_gradients(function, inputs, d_results, place=as_it_is):
     """`place` lays out the gradients of the results."""
     # Not clones, which would lose the strides of what is not dense.
     leaves = [x if x is None else x.detach().requires_grad_() for x in inputs]
@@ -72,7 +81,7 @@ def results_and_gradients(function, inputs, d_results, place=lambda x: x):
     return [*results, *(x.grad for x in leaves if x is not None)]
 
 
-def compare(function, specification, inputs, shapes, double_arguments=None, place=lambda x: x):
+def compare(function, specification, inputs, shapes, double_arguments=None, place=as_it_is):
     """ours, PyTorch's own, and the truth, from the same inputs and the same gradients of the results."""
     d_results = [torch.randn(shape, dtype=torch.float64, device=inputs[0].device) for shape in shapes]
     doubles = [x if x is None else x.double() for x in inputs]
@@ -95,8 +104,10 @@ LAYOUTS = {
     "five_dimensions": lambda make: make(2, 1, 3, 2, 2).transpose(1, 3),
     "apart_columns": lambda make: make(2, 7).mT.contiguous().mT,
     "sliced": lambda make: torch.cat((make(2, 14), make(2, 14)), -1)[:, ::2, : make(1, 1).shape[-1]],
-    "apart": lambda make: apart(make(2, 7)),
+    "shifted": lambda make: shifted(make(2, 7)),
+    "wider": lambda make: wider(make(2, 7)),
 }
+OF_GRADIENTS = {"shifted": shifted, "wider": wider}
 
 
 @pytest.mark.parametrize("order, n", [("yxwh", 4), ("xywh", 4), ("yxwh", 2), ("xywh", 2)])
@@ -138,7 +149,7 @@ def test_box_position_embed(dtypes, kind, order, n, device):
 @pytest.mark.parametrize("feats", [2, 6, 128, 510, 512])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_layout_and_width(layout, feats, device):
-    if feats != 128 and layout not in ("contiguous", "query_first", "sliced", "apart"):
+    if feats != 128 and layout not in ("contiguous", "query_first", "sliced", "shifted", "wider"):
         pytest.skip("once is enough")
     boxes = LAYOUTS[layout](lambda *shape: some_boxes(*shape, 4, device=device))
     scale = LAYOUTS[layout](lambda *shape: torch.randn(*shape, 2 * feats, device=device))
@@ -152,7 +163,7 @@ def test_any_layout_and_width(layout, feats, device):
                 lambda *tensors, o=options: reference.box_position_embed(*tensors, **o),
                 (boxes, scale, logits),
                 (sine.shape, query.shape),
-                place=apart if layout == "apart" else lambda x: x,
+                place=OF_GRADIENTS.get(layout, as_it_is),
             )
 
 
@@ -371,10 +382,9 @@ def test_any_layout_of_the_box_tail(dtype, layout, d, device):
     hidden = LAYOUTS[layout](lambda *shape: torch.randn(*shape, d, device=device).to(dtype))
     boxes = LAYOUTS[layout](lambda *shape: some_boxes(*shape, 4, dtype=dtype, device=device))
     weight = torch.randn(4, d, device=device).to(dtype) / d**0.5
-    place = apart if layout == "apart" else lambda x: x
-    for w in (weight, apart(weight), torch.cat((weight, weight), -1)[:, :d]):
+    for w in (weight, shifted(weight), wider(weight), torch.cat((weight, weight), -1)[:, :d]):
         inputs = (hidden, boxes, w, torch.randn(4, device=device).to(dtype))
-        compare(Tail.apply, tail, inputs, ((*hidden.shape[:-1], 4),), place=place)
+        compare(Tail.apply, tail, inputs, ((*hidden.shape[:-1], 4),), place=OF_GRADIENTS.get(layout, as_it_is))
 
 
 @pytest.mark.parametrize("n", [2, 4])
