@@ -1,5 +1,5 @@
-// dab_fast._C: the kernels, called with addresses, sizes and strides. No torch header: dab_fast/ops/_native.py reads
-// tensors and makes the results.
+// dab_fast._C: the kernels, called with addresses, sizes and strides. No torch header: dab_fast/native/ reads tensors
+// and makes the results.
 #include <pybind11/pybind11.h>
 
 #include <string>
@@ -174,14 +174,13 @@ void bind_cuda(py::module_& m) {
         [](const Rows& rows, int coordinates, int num_feats, double temperature, bool xywh, int scale_kind,
            const Operand& boxes, const Operand& scale, const Operand& logits, const Operand& d_sine,
            const Operand& d_query_sine, const Operand& d_boxes, const Operand& d_scale, const Operand& d_logits,
-           int64_t partial, int64_t partial_rows, int device, int64_t stream) {
+           int64_t partial, int device, int64_t stream) {
           PositionEmbed p = position_embed(rows, coordinates, num_feats, xywh, scale_kind, boxes, scale, logits, d_sine,
                                            d_query_sine);
           p.d_boxes = d_boxes;
           p.d_scale = d_scale;
           p.d_logits = d_logits;
           p.partial = address(partial);
-          p.partial_rows = partial_rows;
           dab_fast::cuda_box_position_embed_backward(p, temperature, device, address(stream));
         });
   m.def("cuda_box_tail", [](const Rows& rows, int coordinates, int width, double eps, const Operand& hidden,
@@ -194,7 +193,7 @@ void bind_cuda(py::module_& m) {
         [](const Rows& rows, int coordinates, int width, double eps, const Operand& hidden, const Operand& boxes,
            const Operand& weight, const Operand& bias, const Operand& refined, const Operand& d_refined,
            const Operand& d_hidden, const Operand& d_boxes, const Operand& d_weight, const Operand& d_bias,
-           int64_t partial, int64_t partial_rows, int device, int64_t stream) {
+           int64_t partial, int device, int64_t stream) {
           BoxTail p = box_tail(rows, coordinates, width, eps, hidden, boxes, weight, bias, refined);
           p.d_refined = d_refined;
           p.d_hidden = d_hidden;
@@ -202,7 +201,6 @@ void bind_cuda(py::module_& m) {
           p.d_weight = d_weight;
           p.d_bias = d_bias;
           p.partial = address(partial);
-          p.partial_rows = partial_rows;
           dab_fast::cuda_box_tail_backward(p, device, address(stream));
         });
 }

@@ -47,8 +47,7 @@ struct PositionEmbed {
   Operand d_boxes;             // [..., n]
   Operand d_scale;             // as scale
   Operand d_logits;            // [..., 2]
-  void* partial = nullptr;     // [partial_rows, 2F] in the computing type, for Scale::row
-  int64_t partial_rows = 0;
+  void* partial = nullptr;     // [partial rows, 2F] in the computing type, for Scale::row
 };
 
 constexpr int kBoxOutputs = 4;
@@ -69,8 +68,7 @@ struct BoxTail {
   Operand d_boxes;             // [..., n]
   Operand d_weight;            // [4, D]
   Operand d_bias;              // [4]
-  void* partial = nullptr;     // [partial_rows, 4*D + 4] in the computing type, for d_weight and d_bias
-  int64_t partial_rows = 0;
+  void* partial = nullptr;     // [partial rows, 4*D + 4] in the computing type, for d_weight and d_bias
 };
 
 }  // namespace dab_fast

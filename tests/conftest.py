@@ -23,3 +23,16 @@ def poison_uninitialised_memory():
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def cuda_on_cpu(tmp_path_factory):
+    """The CUDA kernels on the CPU: tests/cuda_on_cpu, compiled by the first worker that asks."""
+    from tests import cuda_on_cpu
+
+    if problem := cuda_on_cpu.why_not():
+        pytest.skip(problem)
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # the workers share it
+    return cuda_on_cpu.Emulation(cuda_on_cpu.build(folder / "cuda_on_cpu"))

@@ -5,6 +5,7 @@ dtype: with few elements, chance alone can double the smaller of two errors.
 """
 
 import hashlib
+import itertools
 import multiprocessing
 import os
 import subprocess
@@ -24,12 +25,22 @@ if problem := extension_problem():
         raise ImportError(problem)
     pytest.skip(problem, allow_module_level=True)
 
+from dab_fast.native import _call
 from dab_fast.native import box_position_embed as native_embed
 from dab_fast.native import refine_boxes as native_refine
 from dab_fast.native._call import C
 
 CPU = torch.device("cpu")
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(params=["cpu", "cuda emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """Of the tensors; for "cuda emulated" the CPU, where the CUDA kernels run instead of the loops."""
+    if request.param != "cuda emulated":
+        yield request.param
+        return
+    with request.getfixturevalue("cuda_on_cpu").instead_of_cpu():
+        yield "cpu"
 
 
 def error(x, exact):
@@ -46,20 +57,35 @@ def assert_as_good(ours, theirs, exact):
         assert error(a, truth) <= 2 * error(b, truth) + roundings * torch.finfo(a.dtype).eps
 
 
-def results_and_gradients(function, inputs, d_results):
-    leaves = [x if x is None else x.detach().clone(memory_format=torch.preserve_format) for x in inputs]
-    leaves = [x if x is None else x.requires_grad_() for x in leaves]
+def shifted(x):
+    """x at an address that no vector access can use."""
+    return torch.nn.functional.pad(x, (1, 15))[..., 1:-15]
+
+
+def wider(x):
+    """x with strides that no vector access can use."""
+    return torch.nn.functional.pad(x, (0, 1))[..., :-1]
+
+
+def as_it_is(x):
+    return x
+
+
+def results_and_gradients(function, inputs, d_results, place=as_it_is):
+    """`place` lays out the gradients of the results."""
+    # Not clones, which would lose the strides of what is not dense.
+    leaves = [x if x is None else x.detach().requires_grad_() for x in inputs]
     results = function(*leaves)
     results = results if isinstance(results, tuple) else (results,)
-    torch.autograd.backward(results, [d.to(r) for d, r in zip(d_results, results, strict=True)])
+    torch.autograd.backward(results, [place(d.to(r)) for d, r in zip(d_results, results, strict=True)])
     return [*results, *(x.grad for x in leaves if x is not None)]
 
 
-def compare(function, specification, inputs, shapes, double_arguments=None):
+def compare(function, specification, inputs, shapes, double_arguments=None, place=as_it_is):
     """ours, PyTorch's own, and the truth, from the same inputs and the same gradients of the results."""
     d_results = [torch.randn(shape, dtype=torch.float64, device=inputs[0].device) for shape in shapes]
     doubles = [x if x is None else x.double() for x in inputs]
-    ours = results_and_gradients(function, inputs, d_results)
+    ours = results_and_gradients(function, inputs, d_results, place)
     theirs = results_and_gradients(specification, inputs, d_results)
     exact = results_and_gradients(double_arguments or specification, doubles, d_results)
     assert_as_good(ours, theirs, exact)
@@ -78,10 +104,12 @@ LAYOUTS = {
     "five_dimensions": lambda make: make(2, 1, 3, 2, 2).transpose(1, 3),
     "apart_columns": lambda make: make(2, 7).mT.contiguous().mT,
     "sliced": lambda make: torch.cat((make(2, 14), make(2, 14)), -1)[:, ::2, : make(1, 1).shape[-1]],
+    "shifted": lambda make: shifted(make(2, 7)),
+    "wider": lambda make: wider(make(2, 7)),
 }
+OF_GRADIENTS = {"shifted": shifted, "wider": wider}
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("order, n", [("yxwh", 4), ("xywh", 4), ("yxwh", 2), ("xywh", 2)])
 @pytest.mark.parametrize("kind", [None, "full", "one", "row", "number"])
 @pytest.mark.parametrize(
@@ -97,13 +125,13 @@ LAYOUTS = {
 )
 def test_box_position_embed(dtypes, kind, order, n, device):
     boxes_dtype, scale_dtype, dtype = dtypes
-    if device == "cuda" and dtype == torch.float64:
-        pytest.skip("the CUDA kernels compute in float32")
     feats = 24  # 3 vectors of 8, less than a warp has lanes
     shapes = {"full": (2, 7, 2 * feats), "one": (2, 7, 1), "row": (2 * feats,), "number": (1,)}
     scale = torch.randn(shapes[kind], device=device).to(scale_dtype) if kind else None
     logits = torch.randn(2, 7, 2, device=device).to(scale_dtype) if n == 4 else None
     boxes = some_boxes(2, 7, n, dtype=boxes_dtype, device=device)
+    if dtype == torch.float64 and _call.on_cuda(boxes):
+        pytest.skip("the CUDA kernels compute in float32")
 
     def run(function, dtype):
         return lambda *tensors: function(*tensors, num_feats=feats, order=order, dtype=dtype)
@@ -118,11 +146,10 @@ def test_box_position_embed(dtypes, kind, order, n, device):
         )
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("feats", [2, 6, 128, 510, 512])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_layout_and_width(layout, feats, device):
-    if feats != 128 and layout not in ("contiguous", "query_first", "sliced"):
+    if feats != 128 and layout not in ("contiguous", "query_first", "sliced", "shifted", "wider"):
         pytest.skip("once is enough")
     boxes = LAYOUTS[layout](lambda *shape: some_boxes(*shape, 4, device=device))
     scale = LAYOUTS[layout](lambda *shape: torch.randn(*shape, 2 * feats, device=device))
@@ -136,10 +163,10 @@ def test_any_layout_and_width(layout, feats, device):
                 lambda *tensors, o=options: reference.box_position_embed(*tensors, **o),
                 (boxes, scale, logits),
                 (sine.shape, query.shape),
+                place=OF_GRADIENTS.get(layout, as_it_is),
             )
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("n", [1, 2, 4])
 def test_sine_embed(n, device):
     boxes = some_boxes(3, 5, n, device=device)
@@ -153,7 +180,6 @@ def test_sine_embed(n, device):
         )
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("used", ["sine", "query_sine"])
 def test_one_result_unused(used, device):
     boxes, scale, logits = some_boxes(2, 3, 4), torch.randn(2, 3, 16), torch.randn(2, 3, 2)
@@ -167,7 +193,31 @@ def test_one_result_unused(used, device):
     torch.testing.assert_close(*grads)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+def test_a_size_of_zero_spoils_no_gradient_where_the_modulation_is_not_used(device):
+    boxes = some_boxes(2, 3, 4, device=device)
+    boxes[..., 2] = 0
+    scale, logits = torch.randn(2, 3, 16, device=device), torch.randn(2, 3, 2, device=device)
+    found = native_embed.backward(
+        torch.randn(2, 3, 32, device=device), None, boxes, scale, logits, 8, 1e4, "yxwh", True, True, True
+    )
+    assert torch.isfinite(found[0]).all() and not found[1].any() and not found[2].any()
+
+
+def subsets(count):
+    return itertools.product((False, True), repeat=count)
+
+
+@pytest.mark.parametrize("kind", ["full", "one", "row"])
+def test_any_choice_of_gradients_of_the_embedding(kind, device):
+    shape = {"full": (2, 3, 24), "one": (2, 3, 1), "row": (24,)}[kind]
+    boxes, scale, logits = some_boxes(2, 3, 4, device=device), torch.randn(shape, device=device), torch.randn(2, 3, 2)
+    inputs = (torch.randn(2, 3, 48).to(device), torch.randn(2, 3, 24).to(device), boxes, scale, logits.to(device))
+    every = native_embed.backward(*inputs, 12, 1e4, "yxwh", True, True, True)
+    for needs in subsets(3):
+        some = native_embed.backward(*inputs, 12, 1e4, "yxwh", *needs)
+        assert all(map(torch.equal, some, itertools.compress(every, needs))) and len(some) == sum(needs)
+
+
 def test_no_rows(device):
     boxes, row = torch.empty(0, 3, 4, device=device), torch.randn(16, device=device)
     leaves = [x.requires_grad_() for x in (boxes, row)]
@@ -178,7 +228,6 @@ def test_no_rows(device):
     assert boxes.grad.shape == (0, 3, 4) and torch.equal(row.grad, torch.zeros_like(row))
 
 
-@pytest.mark.parametrize("device", DEVICES)
 def test_half_precision_saturates_where_float32_is_finite(device):
     boxes = torch.full((1, 4, 4), 0.3, device=device)
     boxes[..., 2:] = torch.tensor([1e-6, 1e-20, 1e-30, 0.5], device=device)[:, None]
@@ -202,10 +251,11 @@ def test_half_precision_saturates_where_float32_is_finite(device):
             assert torch.isfinite(x.grad).all() or dtype != torch.float16
 
 
-def test_accuracy_of_sin_and_cos():
+def test_accuracy_of_sin_and_cos(device):
     """Of the exact function of the coordinate, far outside (0, 1) too; the first wavelength is 1."""
     bound = 1.7 if C.cpu_isa() == "portable" else 1.2  # geometry.h
     spread = torch.cat((torch.linspace(-1, 2, 200_001), torch.randn(50_000) * 1e4, torch.logspace(-30, 6, 50_000)))
+    spread = spread.to(device)
     sine = native_embed.forward(spread[:, None], None, None, 2, 1e4, "xywh", torch.float32, False)[0]
     turn = spread.double() - spread.double().round()  # exact
     for ours, exact in ((sine[:, 0], (turn * 2 * torch.pi).sin()), (sine[:, 1], (turn * 2 * torch.pi).cos())):
@@ -213,24 +263,24 @@ def test_accuracy_of_sin_and_cos():
         ulp = 2.0 ** (exact.abs().clamp_min(1e-9).log2().floor() - 23)
         assert ((ours.double() - exact).abs() / ulp).max() < bound
         assert (ours.abs() <= 1).all()
-    special = torch.tensor([[torch.nan], [torch.inf], [-torch.inf]])
+    special = torch.tensor([[torch.nan], [torch.inf], [-torch.inf]], device=device)
     assert native_embed.forward(special, None, None, 2, 1e4, "xywh", torch.float32, False)[0].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_every_half_precision_number_is_read_and_rounded_as_torch_does(dtype):
+def test_every_half_precision_number_is_read_and_rounded_as_torch_does(dtype, device):
     """With a coordinate of 0 the cosine is 1, and the query's embedding is the scale itself."""
-    boxes = torch.zeros(1 << 16, 2)
-    every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(dtype)
+    boxes = torch.zeros(1 << 16, 2, device=device)
+    every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(dtype).to(device)
 
     def through(scale, result):
         scale = scale[:, None].expand(-1, 4).contiguous()
         return native_embed.forward(boxes[: len(scale)], scale, None, 2, 1e4, "xywh", result, True)[1][:, 1]
 
     torch.testing.assert_close(through(every, torch.float32), every.float(), rtol=0, atol=0, equal_nan=True)
-    bits = torch.randint(-(1 << 31), 1 << 31, (1 << 16,), dtype=torch.int64).to(torch.int32).view(torch.float32)
+    bits = torch.randint(-(1 << 31), 1 << 31, (1 << 16,)).to(device, torch.int32).view(torch.float32)
     halfway = ((every[:-1].double() + every[1:].double()) / 2).float()
-    numbers = torch.cat((bits, halfway, halfway.nextafter(torch.tensor(torch.inf))))
+    numbers = torch.cat((bits, halfway, halfway.nextafter(torch.tensor(torch.inf, device=device))))
     expected = numbers
     if dtype == torch.float16:
         expected = expected.clamp(-65504, 65504)  # results saturate
@@ -246,7 +296,6 @@ def mlp(dtype, d, *lead, device="cpu"):
     return [x.to(device, dtype) for x in weights]
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layers", [0, 3])
 @pytest.mark.parametrize("d, n", [(32, 4), (32, 2), (20, 4), (600, 4)])
 @pytest.mark.parametrize("dtypes", MLP_DTYPES, ids=str)
@@ -281,6 +330,24 @@ def test_refine_boxes_kernels(dtypes, d, n, layers, device):
     assert_as_good([refined, d_hidden, d_boxes, d_w1, d_b1, d_w2, d_b2, d_w3, d_b3], theirs, exact)
 
 
+@pytest.mark.parametrize("layers", [0, 2])
+def test_any_choice_of_gradients_of_refine_boxes(layers, device):
+    lead = [layers] if layers else []
+    hidden, boxes = torch.randn(*lead, 5, 12, device=device), some_boxes(*lead, 5, 4, device=device)
+    weights = mlp(torch.float32, 12, *lead, device=device)
+    kept = native_refine.forward(hidden, boxes, *weights, 1e-3, True)
+    inputs = (torch.randn(*lead, 5, 4, device=device), *kept, hidden, boxes, *weights[::2], 1e-3)
+    every = native_refine.backward(*inputs, True, True, True)
+    for hidden_too, boxes_too, weights_too in subsets(3):
+        some = native_refine.backward(*inputs, hidden_too, boxes_too, weights_too)
+        want = [
+            *every[: 1 if hidden_too else 0],
+            *every[1 : 2 if boxes_too else 1],
+            *every[2 : 5 if weights_too else 2],
+        ]
+        assert len(some) == len(want) and all(map(torch.equal, some, want))
+
+
 class Tail(torch.autograd.Function):
     """The box tail alone, in whatever precision it is given."""
 
@@ -295,9 +362,29 @@ class Tail(torch.autograd.Function):
     def backward(ctx, d_refined):
         h2, boxes, w3, refined = ctx.saved_tensors
         d = h2.shape[-1]
-        d_h2, d_boxes, sums = torch.empty_like(h2), torch.empty_like(boxes), h2.new_zeros(6 * d + 4)
+        d_h2, d_boxes, sums = h2.new_empty(h2.shape), boxes.new_empty(boxes.shape), h2.new_zeros(6 * d + 4)
         native_refine._tail_backward(d_refined, refined, h2, boxes, w3, 1e-2, d_h2, d_boxes, sums)
         return d_h2, d_boxes, sums[: 4 * d].view(4, d), sums[6 * d :]
+
+
+def tail(h2, boxes, w3, b3):
+    """What `Tail` computes, in plain PyTorch."""
+    logits = torch.nn.functional.linear(h2, w3, b3)
+    n = boxes.shape[-1]
+    moved = logits[..., :n] + reference.inverse_sigmoid(boxes, 1e-2).to(logits)
+    return torch.cat((moved, logits[..., n:]), -1).sigmoid()
+
+
+@pytest.mark.parametrize("d", [12, 16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_any_layout_of_the_box_tail(dtype, layout, d, device):
+    hidden = LAYOUTS[layout](lambda *shape: torch.randn(*shape, d, device=device).to(dtype))
+    boxes = LAYOUTS[layout](lambda *shape: some_boxes(*shape, 4, dtype=dtype, device=device))
+    weight = torch.randn(4, d, device=device).to(dtype) / d**0.5
+    for w in (weight, shifted(weight), wider(weight), torch.cat((weight, weight), -1)[:, :d]):
+        inputs = (hidden, boxes, w, torch.randn(4, device=device).to(dtype))
+        compare(Tail.apply, tail, inputs, ((*hidden.shape[:-1], 4),), place=OF_GRADIENTS.get(layout, as_it_is))
 
 
 @pytest.mark.parametrize("n", [2, 4])
@@ -403,9 +490,9 @@ def test_every_instruction_set(isa):
     code = (
         "import torch; from dab_fast.native._call import C; from tests import test_native as t\n"
         f"assert C.cpu_isa() == {isa!r}\n"
-        "t.test_accuracy_of_sin_and_cos()\n"
+        "t.test_accuracy_of_sin_and_cos('cpu')\n"
         "for d in (torch.float16, torch.bfloat16):\n"
-        "    t.test_every_half_precision_number_is_read_and_rounded_as_torch_does(d)\n"
+        "    t.test_every_half_precision_number_is_read_and_rounded_as_torch_does(d, 'cpu')\n"
         "f = torch.float32\n"
         "for kind in (None, 'full', 'one', 'row'):\n"
         "    t.test_box_position_embed((f, f, f), kind, 'yxwh', 4, 'cpu')\n"

@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kThreads) box_position_embed_backward(const __
       const int64_t o_d_scale = row_offset(p.d_scale, p.rows, row);
       const float coordinate = load_one(p.boxes, o_box + c);
       float m = 1.0f;
-      if (center && p.logits.data) {
+      if (center && p.logits.data && p.query_sine.data) {  // 1 / size may be infinite, and 0 times that is not 0
         logit = load_one(p.logits, row_offset(p.logits, p.rows, row) + c);
         size = load_one(p.boxes, o_box + 2 + c);
         m = modulation(logit, size);
@@ -237,12 +237,13 @@ void cuda_box_position_embed_backward(const PositionEmbed& p, double temperature
   const int vec = sum_scale ? 4 : vector_of(p);
   const uint32_t rows_of_block = vec / p.coordinates;
   const auto kernel = backward_kernel(p, vec, sum_scale);
+  const int64_t partial_rows = cuda_partial_rows(e.rows);
   const uint32_t blocks =
-      sum_scale ? uint32_t(p.partial_rows) / rows_of_block : (e.rows + rows_of_block - 1) / rows_of_block;
+      sum_scale ? uint32_t(partial_rows) / rows_of_block : (e.rows + rows_of_block - 1) / rows_of_block;
   const size_t shared = sum_scale ? sizeof(float) * rows_of_block * 2 * p.num_feats : 0;
   launch("box_position_embed_backward", kernel, dim3(blocks), dim3(kThreads), shared, device, stream, e);
   if (sum_scale) {
-    sum_partials(p.partial, p.partial_rows, 2 * p.num_feats, 0, 2 * p.num_feats, p.d_scale,
+    sum_partials(p.partial, partial_rows, 2 * p.num_feats, 0, 2 * p.num_feats, p.d_scale,
                  "box_position_embed_backward (d_scale)", device, stream);
   }
 }

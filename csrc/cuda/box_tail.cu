@@ -134,15 +134,16 @@ void cuda_box_tail_backward(const BoxTail& p, int device, void* stream) {
   const auto kernel = vec == 4 ? (vectorizes(p, 4) ? box_tail_backward<4, true> : box_tail_backward<4, false>)
                                : (vectorizes(p, 8) ? box_tail_backward<8, true> : box_tail_backward<8, false>);
   const int tile = kColumnThreads * vec;
-  const dim3 grid(uint32_t(p.partial_rows) / kRowThreads, (p.width + tile - 1) / tile);
+  const int64_t partial_rows = cuda_partial_rows(rows);  // also where nothing is summed
+  const dim3 grid(uint32_t(partial_rows) / kRowThreads, (p.width + tile - 1) / tile);
   launch("box_tail_backward", kernel, grid, dim3(kColumnThreads, kRowThreads), 0, device, stream, p, rows);
   const int64_t columns = kBoxOutputs * (int64_t(p.width) + 1), weights = kBoxOutputs * int64_t(p.width);
   if (p.d_weight.data) {
-    sum_partials(p.partial, p.partial_rows, columns, 0, weights, p.d_weight, "box_tail_backward (d_weight)", device,
+    sum_partials(p.partial, partial_rows, columns, 0, weights, p.d_weight, "box_tail_backward (d_weight)", device,
                  stream);
   }
   if (p.d_bias.data) {
-    sum_partials(p.partial, p.partial_rows, columns, weights, kBoxOutputs, p.d_bias, "box_tail_backward (d_bias)",
+    sum_partials(p.partial, partial_rows, columns, weights, kBoxOutputs, p.d_bias, "box_tail_backward (d_bias)",
                  device, stream);
   }
 }

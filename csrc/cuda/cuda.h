@@ -14,7 +14,7 @@ int cuda_runtime_version();
 // How many devices the driver offers, and why not if it cannot be asked.
 std::pair<int, std::string> cuda_devices();
 
-// Rows of the partial sums that a backward over `rows` rows may use; depends on nothing else, so results do not either.
+// Rows of the partial sums of a backward over `rows` rows; depends on nothing else, so results do not either.
 int64_t cuda_partial_rows(int64_t rows);
 
 void cuda_box_position_embed(const PositionEmbed&, double temperature, int device, void* stream);

@@ -10,6 +10,7 @@ of torch: a tensor made on another stream needs the caller's `record_stream`, an
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -78,12 +79,37 @@ def on_device_of(x: Tensor) -> AbstractContextManager[None]:
     return torch.cuda.device(x.device)
 
 
-def stream_of(x: Tensor) -> int:
-    """torch's current stream on the device of x."""
-    return torch._C._cuda_getCurrentRawStream(x.device.index)
+def stream_of(x: Tensor) -> tuple[int, int]:
+    """The device of x, and torch's current stream on it."""
+    return x.device.index, torch._C._cuda_getCurrentRawStream(x.device.index)
 
 
 def partial_sums(x: Tensor, columns: int) -> Tensor:  # [rows of partial sums, columns]
     """Scratch memory for the sums over the rows of x, [..., width]."""
     rows = C.cuda_partial_rows(x.numel() // x.shape[-1])
     return torch.empty((rows, columns), dtype=torch.float32, device=x.device)
+
+
+def on_cuda(x: Tensor) -> bool:
+    return x.is_cuda
+
+
+def run(
+    kernel: str,
+    options: Sequence[float],
+    inputs: Sequence[Tensor | None],  # [..., width]; the leading dimensions of the first, or none
+    results: Sequence[Tensor | None],  # contiguous, written in place
+    sums: int | None = None,  # for a backward kernel: how many sums over all rows are among the results
+) -> None:
+    """C.cpu_<kernel> or C.cuda_<kernel>, where the first input is."""
+    inputs = [addressable(x) for x in inputs]
+    first = inputs[0]
+    assert first is not None
+    args = (shared_rows(first), *options, *map(operand, inputs), *map(result_operand, results))
+    if not on_cuda(first):
+        getattr(C, f"cpu_{kernel}")(*args, torch.get_num_threads())
+        return
+    partial = partial_sums(first, sums) if sums else None
+    memory = () if sums is None else (0 if partial is None else partial.data_ptr(),)
+    with on_device_of(first):
+        getattr(C, f"cuda_{kernel}")(*args, *memory, *stream_of(first))

@@ -5,16 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dab_fast.native._call import (
-    C,
-    addressable,
-    on_device_of,
-    operand,
-    partial_sums,
-    result_operand,
-    shared_rows,
-    stream_of,
-)
+from dab_fast.native._call import C, run
 
 
 def _scale_kind(scale: Tensor | None, num_feats: int) -> int:
@@ -43,23 +34,8 @@ def forward(
         results.append(boxes.new_empty((*leading, 2 * num_feats), dtype=dtype))
     if not boxes.numel():
         return results
-    inputs = addressable(boxes), addressable(scale), addressable(ref_size_logits)
-    args = (
-        shared_rows(boxes),
-        n,
-        num_feats,
-        temperature,
-        order == "xywh",
-        _scale_kind(scale, num_feats),
-        *map(operand, inputs),
-        result_operand(results[0]),
-        result_operand(results[1] if query else None),
-    )
-    if boxes.is_cuda:
-        with on_device_of(boxes):
-            C.cuda_box_position_embed(*args, boxes.device.index, stream_of(boxes))
-    else:
-        C.cpu_box_position_embed(*args, torch.get_num_threads())
+    options = (n, num_feats, temperature, order == "xywh", _scale_kind(scale, num_feats))
+    run("box_position_embed", options, (boxes, scale, ref_size_logits), (results[0], results[1] if query else None))
     return results
 
 
@@ -82,30 +58,9 @@ def backward(
     results = [x for x in found if x is not None]
     if not boxes.numel() or (d_sine is None and d_query_sine is None):
         return [x.zero_() for x in results]
-    inputs = (
-        addressable(boxes),
-        addressable(scale),
-        addressable(ref_size_logits),
-        addressable(d_sine),
-        addressable(d_query_sine),
-    )
     kind = _scale_kind(scale, num_feats)
-    args = (
-        shared_rows(boxes),
-        boxes.shape[-1],
-        num_feats,
-        temperature,
-        order == "xywh",
-        kind,
-        *map(operand, inputs),
-        *map(result_operand, found),
-    )
-    if boxes.is_cuda:
-        summed = found[1] is not None and kind == C.SCALES["row"]
-        partial = partial_sums(boxes, 2 * num_feats) if summed else None
-        memory = (0, 0) if partial is None else (partial.data_ptr(), len(partial))
-        with on_device_of(boxes):
-            C.cuda_box_position_embed_backward(*args, *memory, boxes.device.index, stream_of(boxes))
-    else:
-        C.cpu_box_position_embed_backward(*args, torch.get_num_threads())
+    options = (boxes.shape[-1], num_feats, temperature, order == "xywh", kind)
+    inputs = (boxes, scale, ref_size_logits, d_sine, d_query_sine)
+    summed = found[1] is not None and kind == C.SCALES["row"]
+    run("box_position_embed_backward", options, inputs, found, sums=2 * num_feats if summed else 0)
     return results

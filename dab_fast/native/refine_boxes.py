@@ -10,16 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from dab_fast.native._call import (
-    C,
-    addressable,
-    on_device_of,
-    operand,
-    partial_sums,
-    result_operand,
-    shared_rows,
-    stream_of,
-)
+from dab_fast.native._call import run
 
 
 def forward(
@@ -64,7 +55,7 @@ def backward(
 ) -> list[Tensor]:  # those needed of d_hidden; d_boxes; d_w1, d_w2, [(L,) 6 * D + 4] of w3, b1, b2, b3 in float32
     """The gradients; those of w3, b1, b2 and b3 follow one another in one tensor."""
     d = hidden.shape[-1]
-    d_h2 = torch.empty_like(h2) if need_hidden or need_weights else None
+    d_h2 = h2.new_empty(h2.shape) if need_hidden or need_weights else None
     d_boxes = boxes.new_empty(boxes.shape) if need_boxes else None
     sums = h2.new_empty((*w1.shape[:-2], 6 * d + 4)) if need_weights else None
     if w1.dim() == 2:
@@ -116,22 +107,8 @@ def _relu_backward(d_out: Tensor, out: Tensor) -> Tensor:
 
 
 def _tail(h2: Tensor, boxes: Tensor, w3: Tensor, b3: Tensor, eps: float, refined: Tensor) -> None:
-    if not refined.numel():
-        return
-    inputs = addressable(h2), addressable(boxes), addressable(w3), addressable(b3)
-    args = (
-        shared_rows(h2),
-        boxes.shape[-1],
-        h2.shape[-1],
-        eps,
-        *map(operand, inputs),
-        result_operand(refined),
-    )
-    if h2.is_cuda:
-        with on_device_of(h2):
-            C.cuda_box_tail(*args, h2.device.index, stream_of(h2))
-    else:
-        C.cpu_box_tail(*args, torch.get_num_threads())
+    if refined.numel():
+        run("box_tail", (boxes.shape[-1], h2.shape[-1], eps), (h2, boxes, w3, b3), (refined,))
 
 
 def _tail_backward(
@@ -150,27 +127,8 @@ def _tail_backward(
         if sums is not None:
             sums.zero_()
         return
-    inputs = addressable(h2), addressable(boxes), addressable(w3), addressable(refined), addressable(d_refined)
-    o_h2, o_boxes, o_w3, o_refined, o_d_refined = map(operand, inputs)
-    results = d_h2, d_boxes, *((None, None) if sums is None else (sums[: 4 * d], sums[6 * d :]))
-    args = (
-        shared_rows(h2),
-        boxes.shape[-1],
-        d,
-        eps,
-        o_h2,
-        o_boxes,
-        o_w3,
-        None,
-        o_refined,
-        o_d_refined,
-        *map(result_operand, results),
-    )
-    if h2.is_cuda:
-        # d_w3 and d_b3 are summed as one row.
-        partial = None if sums is None else partial_sums(h2, 4 * d + 4)
-        memory = (0, 0) if partial is None else (partial.data_ptr(), len(partial))
-        with on_device_of(h2):
-            C.cuda_box_tail_backward(*args, *memory, h2.device.index, stream_of(h2))
-    else:
-        C.cpu_box_tail_backward(*args, torch.get_num_threads())
+    # d_w3 and d_b3 are summed as one row.
+    results = (d_h2, d_boxes, *((None, None) if sums is None else (sums[: 4 * d], sums[6 * d :])))
+    inputs = (h2, boxes, w3, None, refined, d_refined)
+    columns = 0 if sums is None else 4 * d + 4
+    run("box_tail_backward", (boxes.shape[-1], d, eps), inputs, results, sums=columns)

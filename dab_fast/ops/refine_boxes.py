@@ -146,6 +146,8 @@ class _RefineBoxes(torch.autograd.Function):
 def _native_limit(tensors: tuple[Tensor, ...]) -> str | None:
     if any(x.dtype == torch.float64 for x in tensors):
         return "its kernels compute in float32, got float64"
+    if tensors[0].shape[:-1].numel() >= 2**31:
+        return f"its kernels count rows in 31 bits, got {list(tensors[0].shape)}"
     return None
 
 
