@@ -1,11 +1,11 @@
 """How the attention kernels are launched: tiles, warps and pipeline stages by arithmetic and head width.
 
-Nothing is tuned during a user's step. The rows come from offline compilation (`python -m benchmarks.kernel_budget`): on
-sm_80 and sm_90 no loop spills registers, under the oldest triton and the newest, nor on sm_100 under the newest; on sm_90
-the decoder's own heads in half precision leave room for three to six programs per SM. Left alone, ptxas sometimes parks values of a
-loop in local memory to fit one more program on an SM; `max_registers` forbids it where it did. Half-precision and tf32
-tiles have 64 rows where they can, the height of a Hopper tensor-core instruction. Exact fp32 dots run on the ordinary
-multipliers and hold whole rows of both operands in registers, hence the small tiles.
+Nothing is tuned during a user's step. The rows come from offline compilation (`python -m benchmarks.kernel_budget`):
+no loop spills registers on sm_80 and sm_90 under the oldest triton and the newest, nor on sm_100 under the newest; on
+sm_90 the decoder's own heads in half precision leave room for three to six programs per SM. Left alone, ptxas sometimes
+parks values of a loop in local memory to fit one more program on an SM; `max_registers` forbids it where it did.
+Half-precision and tf32 tiles have 64 rows where they can, the height of a Hopper tensor-core instruction. Exact fp32
+dots run on the ordinary multipliers and hold whole rows of both operands in registers, hence the small tiles.
 """
 
 import functools
