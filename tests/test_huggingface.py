@@ -230,6 +230,85 @@ def test_changed_modules_step_aside(change):
     assert "model.decoder" in report.stepped_aside
 
 
+def _timed(module, calls):
+    """What timing wrappers and accelerate's hooks do: the instance's forward calls the one it found."""
+    found = module.forward
+
+    def forward(
+        inputs_embeds,
+        encoder_hidden_states,
+        memory_key_padding_mask,
+        object_queries,
+        query_position_embeddings,
+        output_attentions=None,
+        output_hidden_states=None,
+        return_dict=None,
+    ):
+        calls.append(object_queries.shape)
+        return found(
+            inputs_embeds,
+            encoder_hidden_states,
+            memory_key_padding_mask,
+            object_queries,
+            query_position_embeddings,
+            output_attentions,
+            output_hidden_states,
+            return_dict,
+        )
+
+    module.forward = forward
+
+
+def _dispatch(model):
+    from accelerate import dispatch_model
+
+    names = ("model.backbone", "model.query_refpoint_embeddings", "model.input_projection", "model.encoder")
+    parts = (*names, "model.decoder", "class_embed", "bbox_predictor")
+    return dispatch_model(model, device_map=dict.fromkeys(parts, "cpu"), force_hooks=True)
+
+
+def test_a_decoder_patched_before_accelerate_is_left_alone():
+    model, calls = huggingface_model(), []
+    inputs = images()
+    with torch.no_grad():
+        expected = model(**inputs)
+        _timed(model.model.decoder, calls)
+        report = dab_fast.accelerate(model)
+        assert set(report.replaced) == {"", "model"}
+        assert report.not_replaced == {"model.decoder": "its forward is patched"}
+        assert_same_outputs(model(**inputs), expected)
+    assert len(calls) == 1 and len(calls[0]) == 3 and calls[0][0] == 2, "the patch sees what the original gives it"
+    assert "model.decoder left as it is: its forward is patched" in str(report)
+
+
+@pytest.mark.parametrize("first", ["dispatch", "accelerate"])
+def test_dispatched_models(first):
+    """accelerate's `device_map` patches forward on every instance."""
+    model = huggingface_model()
+    fast = copy.deepcopy(model)
+    if first == "dispatch":
+        _dispatch(fast)
+    report = dab_fast.accelerate(fast)
+    if first == "accelerate":
+        _dispatch(fast)
+    with torch.no_grad():
+        assert_same_outputs(fast(**images()), model(**images()))
+    if first == "dispatch":
+        assert report.not_replaced.keys() == {"", "model.decoder"}
+    assert "model.decoder" in report.stepped_aside or "model.decoder" in report.not_replaced
+
+
+def test_a_decoder_patched_after_accelerate():
+    model, calls = huggingface_model(), []
+    fast = copy.deepcopy(model)
+    report = dab_fast.accelerate(fast)
+    _timed(fast.model.decoder, calls)
+    with torch.no_grad():
+        assert_same_outputs(fast(**images()), model(**images()))
+    assert len(calls) == 1 and calls[0][0] == 2
+    assert report.stepped_aside == {"model": {"the decoder's forward is patched": 1}}
+
+
 @pytest.mark.parametrize("switch", ["gradient_checkpointing", "recompute"])
 def test_recompute(switch):
     """transformers 5.23 offers no switch for DAB-DETR's checkpointing, but its layers know how."""

@@ -152,6 +152,8 @@ class DabDetrModel(Fast, original.DabDetrModel):
                 raise StepAside("encoder_outputs is given")
             if not isinstance(self.decoder, DabDetrDecoder):
                 raise StepAside(f"the decoder is a {type(self.decoder).__module__}.{type(self.decoder).__qualname__}")
+            if "forward" in vars(self.decoder):  # it may know neither `spatial_shape` nor positions of batch 1
+                raise StepAside("the decoder's forward is patched")
         except StepAside as reason:
             self.dab_fast_step_aside(reason)
             return super().forward(
