@@ -199,7 +199,7 @@ def is_relu_mlp(module: nn.Module) -> bool:
     if torch.compiler.is_compiling():
         return True
     settings = frozenset((name, _hashable(x)) for name, x in vars(module).items() if not name.startswith("_"))
-    key = (type(module), settings - {("training", module.training)}, len(layers))
+    key = (type(module), settings, len(layers))  # `training` is one of the settings
     if key not in _IS_RELU_MLP:
         _IS_RELU_MLP[key] = _computes_relu_mlp(module)
     return _IS_RELU_MLP[key]
@@ -229,25 +229,34 @@ def _computes_relu_mlp(module: nn.Module) -> bool:
     for i, layer in enumerate(twin.layers):
         expected = layer(expected.relu() if i else expected)
     try:
-        return torch.allclose(type(module).forward(twin, given), expected)  # hooks are not called
+        with torch.random.fork_rng(devices=[]):
+            return torch.allclose(type(module).forward(twin, given), expected)  # hooks are not called
     except Exception:
         return False
 
 
 @torch.no_grad()
 def _probe(decoder: nn.Module) -> None:
-    """Raise StepAside unless the original forward and the fast one agree on a copy with random parameters."""
+    """Raise StepAside unless the original forward and the fast one agree on a copy with random parameters.
+
+    In training without dropout too, and twice: what is random there, or counts its calls, is not the original's.
+    """
     try:
         decoder, randn = _randomized_copy(decoder)
     except Exception as error:
         raise StepAside(f"it cannot be copied: {error}") from error
-    decoder.eval()
-    config = read(decoder)[1]
+    given = _random_queries(read(decoder.eval())[1], randn)
+    with torch.random.fork_rng(devices=[]):
+        for training in (False, True, True):
+            _compare(decoder.train(training), given, " in training" if training else "")
+
+
+def _random_queries(config: DecoderConfig, randn: Callable[..., Tensor]) -> dict[str, Any]:
     b, q, s, d = 2, 5, 6, config.d_model
     anchors = randn(q, b, config.query_dim)
     anchors[0, :, :2] = -9.0  # a center of 1e-4 shows the eps of the inverse sigmoid
     groups = torch.arange(q) >= 3
-    given: dict[str, Any] = {
+    return {
         "tgt": randn(q, b, d),
         "memory": randn(s, b, d),
         "tgt_mask": groups[:, None] ^ groups,
@@ -257,26 +266,37 @@ def _probe(decoder: nn.Module) -> None:
         "pos": randn(s, b, d),
         "refpoints_unsigmoid": anchors,
     }
+
+
+def _compare(decoder: nn.Module, given: dict[str, Any], when: str) -> None:
+    expected_states, expected_references = run(decoder, **given)
+    random_state = torch.get_rng_state()
     try:
         hidden_states, references = type(decoder).forward(decoder, **given)  # hooks are not called
     except Exception as error:
-        raise StepAside(f"its forward raises {type(error).__name__} on a copy: {error}") from error
-    expected_states, expected_references = run(decoder, **given)
+        raise StepAside(f"its forward raises {type(error).__name__} on a copy{when}: {error}") from error
+    if not torch.equal(torch.get_rng_state(), random_state):
+        raise StepAside(f"it draws random numbers{when} with every dropout rate at 0")
     for name, got, expected in (
         ("hidden states", hidden_states, expected_states),
         ("reference points", references.logit(1e-7), expected_references.logit(1e-7)),
     ):
         if got.shape != expected.shape:
-            raise StepAside(f"its {name} have shape {list(got.shape)}, not {list(expected.shape)}")
+            raise StepAside(f"its {name} have shape {list(got.shape)}{when}, not {list(expected.shape)}")
         difference = (got - expected).abs().max().item()
         if not difference <= _PROBE_TOLERANCE:
-            raise StepAside(f"its {name} are not what the original computes: they differ by {difference:.1e}")
+            raise StepAside(f"its {name} are not what the original computes{when}: they differ by {difference:.1e}")
 
 
 def _randomized_copy(module: nn.Module) -> tuple[nn.Module, Callable[..., Tensor]]:
-    """A float32 copy on the CPU whose parameters hide nothing, and its source of random numbers."""
+    """A float32 copy on the CPU without dropout whose parameters hide nothing, and its source of random numbers."""
     randn = _randn()
     module = copy.deepcopy(module).to(device="cpu", dtype=torch.float32)
+    for part in module.modules():
+        if type(part) is nn.Dropout:
+            part.p = 0.0
+        elif isinstance(getattr(part, "dropout", None), float):  # an attention's rate
+            part.dropout = 0.0  # type: ignore[assignment]
     for parameter in module.parameters():
         noise = randn(parameter.shape)
         if parameter.dim() > 1:
