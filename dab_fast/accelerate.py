@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from dab_fast.adapters import ADAPTERS
-from dab_fast.adapters._fast import Fast
+from dab_fast.adapters._fast import Fast, Reasons
 
 
 @dataclass(frozen=True, repr=False)
@@ -17,13 +17,12 @@ class Report:
 
     replaced: dict[str, Fast]  # by name in the model; "" is the model itself
     not_replaced: dict[str, str]  # name to reason
+    reasons: dict[str, Reasons]  # by name, the modules' own; they outlive `restore`
 
     @property
     def stepped_aside(self) -> dict[str, dict[str, int]]:
         """Calls that took the original forward since `accelerate`: name to reason to count."""
-        return {
-            name: dict(module.dab_fast_reasons) for name, module in self.replaced.items() if module.dab_fast_reasons
-        }
+        return {name: dict(reasons) for name, reasons in self.reasons.items() if reasons}
 
     def __str__(self) -> str:
         lines = [f"dab_fast: {len(self.replaced)} modules accelerated"]
@@ -66,7 +65,9 @@ def accelerate(model: nn.Module, *, recompute: bool = False) -> Report:
             fast_class = adapter.fast_class(module)
             if fast_class is not None:
                 module.__class__ = fast_class
-                replaced[name] = module  # type: ignore[assignment]
+                assert isinstance(module, Fast)
+                module.dab_fast_begin()
+                replaced[name] = module
             elif reason := adapter.why_not(module):
                 not_replaced[name] = reason
     for module in replaced.values():
@@ -77,7 +78,7 @@ def accelerate(model: nn.Module, *, recompute: bool = False) -> Report:
             f"model must contain a DAB-DETR decoder that dab_fast knows ({', '.join(ADAPTERS)}), got "
             f"{type(model).__module__}.{type(model).__qualname__}{' (' + found + ')' if found else ''}"
         )
-    return Report(replaced, not_replaced)
+    return Report(replaced, not_replaced, {name: module.dab_fast_reasons for name, module in replaced.items()})
 
 
 def restore(model: nn.Module) -> None:
@@ -86,6 +87,4 @@ def restore(model: nn.Module) -> None:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     for module in model.modules():
         if isinstance(module, Fast):
-            module.__dict__.pop("_dab_fast_reasons", None)
-            module.__dict__.pop("dab_fast_recompute", None)
-            module.__class__ = type(module).dab_fast_original  # type: ignore[assignment]
+            module.dab_fast_end()

@@ -144,7 +144,38 @@ def test_restore_and_twice():
     assert str(dab_fast.accelerate(model)) == str(first)
     dab_fast.restore(model)
     assert [type(m) for m in model.modules()] == classes
-    assert "_dab_fast_reasons" not in model.__dict__
+    assert not any("dab_fast" in key for m in model.modules() for key in vars(m))
+
+
+def test_the_report_outlives_restore():
+    model = huggingface_model()
+    report = dab_fast.accelerate(model)
+    _hook(model.model.decoder)
+    with torch.no_grad():
+        model(**images())
+    before, counted = str(report), report.stepped_aside
+    assert counted and "stepped aside 1 times" in before
+    dab_fast.restore(model)
+    assert str(report) == before and report.stepped_aside == counted
+    again = dab_fast.accelerate(model)
+    assert not again.stepped_aside, "another accelerate after restore counts from zero"
+
+
+def test_replicas_count_with_their_model_and_copies_for_themselves(caplog):
+    model = huggingface_model()
+    report = dab_fast.accelerate(model)
+    _hook(model.model.decoder)
+    with torch.no_grad(), caplog.at_level(logging.WARNING, "dab_fast"):
+        for _ in range(3):  # DataParallel makes new replicas for every call
+            replicate(model)(**images())
+    assert [sum(reasons.values()) for reasons in report.stepped_aside.values()] == [3]
+    assert len(caplog.messages) == 1
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert not twin.model.decoder.dab_fast_reasons
+        with torch.no_grad():
+            twin(**images())
+        assert sum(twin.model.decoder.dab_fast_reasons.values()) == 1
+    assert [sum(reasons.values()) for reasons in report.stepped_aside.values()] == [3]
 
 
 def test_other_instances_stay():
@@ -193,8 +224,12 @@ def _lora(decoder):
     return peft.inject_adapter_in_model(peft.LoraConfig(target_modules=targets, init_lora_weights=False), decoder)
 
 
+def _add_one(module, args, output):
+    return output + 1
+
+
 def _hook(decoder):
-    decoder.layers[1].mlp.fc1.register_forward_hook(lambda module, args, output: output + 1)
+    decoder.layers[1].mlp.fc1.register_forward_hook(_add_one)
     return decoder
 
 
