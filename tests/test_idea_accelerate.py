@@ -302,6 +302,48 @@ def test_a_box_mlp_that_drops_only_in_training():
     assert ours.dab_fast_reasons == {"bbox_embed is a tests.test_idea_accelerate.DroppingMLP": 1}
 
 
+class Scaling(second.TransformerDecoder):
+    """Takes an argument and has a flag that the original does not have."""
+
+    double = False
+
+    def forward(self, *args, scale=1.0, **kwargs):
+        states, references = super().forward(*args, **kwargs)
+        return [states * scale * (2 if self.double else 1), references]
+
+
+def scaling():
+    return edited(lambda d: setattr(d, "__class__", Scaling))
+
+
+def test_an_argument_of_its_own_steps_aside():
+    theirs = scaling()
+    ours = accelerated(theirs)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(**inputs(), scale=2.0), theirs(**inputs(), scale=2.0), rtol=0, atol=0)
+    assert ours.dab_fast_reasons == {"the original takes no scale": 1}
+
+
+def test_a_flag_that_changes_after_accelerate_steps_aside():
+    theirs = scaling()
+    ours = accelerated(theirs)
+    again = pickle.loads(pickle.dumps(ours))
+    theirs.double = True
+    for decoder in (ours, again, replicate(ours)):
+        decoder.double = True
+        with torch.no_grad():
+            torch.testing.assert_close(decoder(**inputs()), theirs(**inputs()), rtol=0, atol=0)
+        assert decoder.dab_fast_reasons == {"double was changed after accelerate": 1}
+        decoder.dab_fast_reasons.clear()
+    del ours.double
+    ours.train()(**inputs())
+    assert not ours.dab_fast_reasons
+    ours.double = True
+    dab_fast.accelerate(ours)
+    ours(**inputs())
+    assert ours.dab_fast_reasons, "accelerating twice does not ask again what was compared once"
+
+
 class Switched(second.ReluMLP):
     """The same class with and without relus."""
 

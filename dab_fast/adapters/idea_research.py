@@ -135,6 +135,12 @@ def run(
 class FastTransformerDecoder(Fast):
     """Mixed into a subclass of the user's own `TransformerDecoder`."""
 
+    dab_fast_settings: dict[str, Any]  # under which the two forwards were compared
+
+    def dab_fast_begin(self) -> None:
+        super().dab_fast_begin()
+        self.dab_fast_settings = _settings(self)
+
     def forward(
         self,
         tgt: Tensor,  # [Q, B, D]
@@ -145,10 +151,15 @@ class FastTransformerDecoder(Fast):
         memory_key_padding_mask: Tensor | None = None,  # [B, S]
         pos: Tensor | None = None,  # [S, B, D]
         refpoints_unsigmoid: Tensor | None = None,  # [Q, B, query_dim]
+        **more: Any,
     ) -> Any:
         """The original's arguments and results."""
         masks = (tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
         try:
+            if more:
+                raise StepAside(f"the original takes no {', '.join(more)}")
+            if changed := self.dab_fast_settings.items() ^ _settings(self).items():
+                raise StepAside(f"{', '.join(sorted({name for name, _ in changed}))} was changed after accelerate")
             if pos is None or refpoints_unsigmoid is None:
                 raise StepAside("pos or refpoints_unsigmoid is None")
             for mask in masks:
@@ -157,7 +168,19 @@ class FastTransformerDecoder(Fast):
             return run(self, tgt, memory, *masks, pos, refpoints_unsigmoid)
         except StepAside as reason:
             self.dab_fast_step_aside(reason)
-            return super().forward(tgt, memory, *masks, pos, refpoints_unsigmoid)
+            return super().forward(tgt, memory, *masks, pos, refpoints_unsigmoid, **more)
+
+
+def _settings(decoder: nn.Module) -> dict[str, Any]:
+    """The numbers, strings and flags that a decoder's forward may depend on."""
+    return {
+        name: x
+        for name, x in vars(decoder).items()
+        if type(x) in _SCALARS and name != "training" and not name.startswith(("_", "dab_fast"))
+    }
+
+
+_SCALARS = (bool, int, float, str)
 
 
 @functools.cache
