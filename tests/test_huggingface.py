@@ -418,6 +418,58 @@ def test_half_precision_models_work(dtype):
     assert (result.pred_boxes - exact).abs().mean() < 0.02
 
 
+class Boxes(nn.Module):
+    """What torch.jit.trace takes: tensors in, a tensor out."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values, pixel_mask):
+        return self.model(pixel_values=pixel_values, pixel_mask=pixel_mask).pred_boxes
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_trace_with_nothing_padded_serves_padded_images():
+    model = huggingface_model()
+    padded = images(padded=True)
+    example = (padded["pixel_values"], torch.ones_like(padded["pixel_mask"]))
+    traced = torch.jit.trace(Boxes(accelerated_copy(model)), example, check_trace=False)
+    with torch.no_grad():
+        torch.testing.assert_close(traced(*padded.values()), model(**padded).pred_boxes, rtol=0, atol=BOX_TOLERANCE)
+
+
+@pytest.mark.parametrize("auxiliary_loss", [False, True])
+def test_class_head_is_called_as_the_original_calls_it(auxiliary_loss):
+    model = huggingface_model(auxiliary_loss=auxiliary_loss)
+    shapes = {}
+    for name, m in (("theirs", model), ("ours", accelerated_copy(model))):
+        seen = shapes.setdefault(name, [])
+        m.class_embed.register_forward_hook(lambda module, args, output, seen=seen: seen.append(args[0].shape))
+        with torch.no_grad():
+            m(**images())
+            m(**images(), labels=labels())
+    assert shapes["ours"] == shapes["theirs"]
+
+
+@pytest.mark.parametrize("auxiliary_loss", [False, True])
+def test_a_loss_of_ones_own_gets_what_the_original_gives_it(auxiliary_loss):
+    model = huggingface_model(auxiliary_loss=auxiliary_loss)
+    given = {}
+    for name, m in (("theirs", model), ("ours", accelerated_copy(model))):
+
+        def loss(logits, labels, device, boxes, config, classes=None, coordinates=None, name=name):
+            given[name] = (logits, boxes, classes, coordinates)
+            return coordinates.square().mean(), {}, None
+
+        m.loss_function = loss
+        m(**images(), labels=labels()).loss.backward()
+    for ours, theirs in zip(given["ours"], given["theirs"], strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=HIDDEN_TOLERANCE)
+
+
 def test_everything_padded_is_finite():
     fast = accelerated_copy(huggingface_model())
     decoder = fast.model.decoder

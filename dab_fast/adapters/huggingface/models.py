@@ -230,7 +230,7 @@ class DabDetrForObjectDetection(Fast, original.DabDetrForObjectDetection):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The original's arguments and results. Only the boxes that are returned or enter the loss are computed."""
+        """The original's arguments and results. Without labels only the last layer's boxes are computed."""
         inputs = {
             "decoder_attention_mask": decoder_attention_mask,
             "encoder_outputs": encoder_outputs,
@@ -248,22 +248,21 @@ class DabDetrForObjectDetection(Fast, original.DabDetrForObjectDetection):
             return super().forward(pixel_values, pixel_mask, labels=labels, return_dict=return_dict, **inputs, **kwargs)
         outputs = self.model(pixel_values, pixel_mask, return_dict=True, **inputs)
         hidden_states, reference_points = outputs.intermediate_hidden_states, outputs.reference_points
-        every_layer = labels is not None and self.config.auxiliary_loss
-        if not every_layer:
-            hidden_states, reference_points = hidden_states[-1:], reference_points[-1:]
+        logits = self.class_embed(hidden_states[-1])
+        needed = slice(-1 if labels is None else None, None)  # layers
         config = _config(d_model=self.config.hidden_size, query_dim=self.query_dim)
-        boxes = predict_boxes(params, config, hidden_states, reference_points)
-        classes = self.class_embed(hidden_states)
+        boxes = predict_boxes(params, config, hidden_states[needed], reference_points[needed])
 
         loss = loss_dict = auxiliary_outputs = None
         if labels is not None:
+            classes = self.class_embed(hidden_states) if self.config.auxiliary_loss else None
             loss, loss_dict, auxiliary_outputs = self.loss_function(
-                classes[-1], labels, self.device, boxes[-1], self.config, classes if every_layer else None, boxes
+                logits, labels, self.device, boxes[-1], self.config, classes, boxes
             )
         return original.DabDetrObjectDetectionOutput(
             loss=loss,
             loss_dict=loss_dict,
-            logits=classes[-1],
+            logits=logits,
             pred_boxes=boxes[-1],
             auxiliary_outputs=auxiliary_outputs,
             **{
@@ -333,4 +332,5 @@ def _box_head(model: nn.Module) -> dict[str, Tensor]:
 
 def _is_all_valid(mask: Tensor) -> bool:
     """Whether nothing is padded, where asking is free: on the CPU, and not while tracing."""
-    return mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all())
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return mask.device.type == "cpu" and not tracing and bool(mask.all())
