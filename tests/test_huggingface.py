@@ -372,6 +372,38 @@ def test_recompute(switch):
     assert not fast.model.decoder.dab_fast_reasons
 
 
+def test_the_last_recompute_holds():
+    model = huggingface_model()
+    decoder = model.model.decoder
+    for recompute in (True, False, True):
+        dab_fast.accelerate(model, recompute=recompute)
+        assert decoder.dab_fast_recompute is recompute
+    dab_fast.accelerate(model)
+    assert decoder.dab_fast_recompute is False
+
+
+def _second_derivative(model):
+    pixels = images()["pixel_values"].requires_grad_()
+    (slope,) = torch.autograd.grad(model(pixels).pred_boxes.sum(), pixels, create_graph=True)
+    slope.square().sum().backward()
+
+
+def _forward_mode(model):
+    pixels = images()["pixel_values"]
+    torch.func.jvp(lambda x: model(x).pred_boxes, (pixels,), (torch.ones_like(pixels),))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("derivative", [_second_derivative, _forward_mode])
+def test_other_derivatives_raise_and_restore_gives_them_back(derivative):
+    model = huggingface_model()
+    dab_fast.accelerate(model)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        derivative(model)
+    dab_fast.restore(model)
+    derivative(model)
+
+
 def _keep(kept: dict[int, int], x: torch.Tensor) -> torch.Tensor:
     kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
     return x
