@@ -29,6 +29,7 @@ VARIANTS = {
     "silu": {"activation_function": "silu"},
     "no_aux": {"auxiliary_loss": False},
     "one_layer": {"decoder_layers": 1},
+    "three_heads": {"hidden_size": 60, "decoder_attention_heads": 3, "encoder_attention_heads": 3},
     "wide_heads": {"hidden_size": 64, "decoder_attention_heads": 1},
 }
 

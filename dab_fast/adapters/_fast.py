@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -12,6 +12,14 @@ from torch import nn
 from dab_fast.parameters import StepAside
 
 logger = logging.getLogger("dab_fast")
+
+
+class DropoutRates(NamedTuple):
+    """The rates of a `DecoderConfig`, by its names."""
+
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    activation_dropout: float = 0.0
 
 
 class Reasons(Counter[str]):

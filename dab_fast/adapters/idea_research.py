@@ -13,10 +13,10 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dab_fast.adapters._fast import Fast
+from dab_fast import reference
+from dab_fast.adapters._fast import DropoutRates, Fast
 from dab_fast.config import Activation, DecoderConfig
 from dab_fast.decode import decode
 from dab_fast.decoder import DabDecoder
@@ -76,7 +76,8 @@ def read(decoder: nn.Module) -> tuple[dict[str, Tensor], DecoderConfig]:
     Raises:
         StepAside: it cannot be read; the message says why.
     """
-    layers: Any = decoder.layers
+    theirs: Any = decoder
+    layers = theirs.layers
     first = layers[0]
     attentions = {type(first.self_attn), type(first.cross_attn)}
 
@@ -87,18 +88,20 @@ def read(decoder: nn.Module) -> tuple[dict[str, Tensor], DecoderConfig]:
 
     params = gather(decoder, is_container, lambda name: name)
     try:
-        config = _config(
-            d_model=decoder.norm.normalized_shape[0],  # type: ignore[union-attr, index]
+        rates = _dropout_rates(layers) if decoder.training else DropoutRates()
+        config = DecoderConfig(
+            d_model=theirs.norm.normalized_shape[0],
             nhead=_same("numbers of heads", {n for layer in layers for n in _numbers_of_heads(layer)}),
             num_layers=len(layers),
             dim_feedforward=first.linear1.out_features,
-            query_dim=decoder.query_dim,
-            query_scale_type=decoder.query_scale_type,
-            modulate_hw_attn=bool(decoder.modulate_hw_attn),
+            query_dim=theirs.query_dim,
+            query_scale_type=theirs.query_scale_type,
+            modulate_hw_attn=bool(theirs.modulate_hw_attn),
             keep_query_pos=_same("keep_query_pos", {bool(layer.keep_query_pos) for layer in layers}),
             bbox_embed=_bbox_embed(decoder),
             activation=_same("activations", {_activation(layer.activation) for layer in layers}),
-            rates=_dropout_rates(layers) if decoder.training else (0.0, 0.0, 0.0),
+            inverse_sigmoid_eps=INVERSE_SIGMOID_EPS,
+            **rates._asdict(),
         )
     except (AttributeError, ValueError) as error:
         raise StepAside(str(error)) from None
@@ -334,17 +337,6 @@ def _randn() -> Callable[..., Tensor]:
     return functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
 
 
-def _config(rates: tuple[float, float, float], **fields: Any) -> DecoderConfig:
-    dropout, attention_dropout, activation_dropout = rates
-    return DecoderConfig(
-        inverse_sigmoid_eps=INVERSE_SIGMOID_EPS,
-        dropout=dropout,
-        attention_dropout=attention_dropout,
-        activation_dropout=activation_dropout,
-        **fields,
-    )
-
-
 def _same(what: str, values: set[Any]) -> Any:
     if len(values) != 1:
         raise StepAside(f"the layers' {what} differ: {sorted(values)}")
@@ -355,8 +347,8 @@ def _numbers_of_heads(layer: Any) -> set[int]:
     return {layer.nhead, layer.self_attn.num_heads, layer.cross_attn.num_heads}
 
 
-def _dropout_rates(layers: Any) -> tuple[float, float, float]:
-    return (
+def _dropout_rates(layers: Any) -> DropoutRates:
+    return DropoutRates(
         _same("dropout rates", {d.p for layer in layers for d in (layer.dropout1, layer.dropout2, layer.dropout3)}),
         _same("attention dropout rates", {a.dropout for x in layers for a in (x.self_attn, x.cross_attn)}),
         _same("FFN dropout rates", {layer.dropout.p for layer in layers}),
@@ -364,12 +356,14 @@ def _dropout_rates(layers: Any) -> tuple[float, float, float]:
 
 
 def _activation(activation: Any) -> Activation:
-    functions: dict[Any, Activation] = {F.relu: "relu", F.gelu: "gelu", F.selu: "selu"}
     if type(activation) is nn.PReLU:
         return "prelu"
-    if activation not in functions:
+    if activation not in _ACTIVATIONS:
         raise StepAside(f"the activation {activation} is unknown")
-    return functions[activation]
+    return _ACTIVATIONS[activation]
+
+
+_ACTIVATIONS: dict[Any, Any] = {function: name for name, function in reference.ACTIVATIONS.items()}
 
 
 def _bbox_embed(decoder: Any) -> Any:

@@ -14,7 +14,7 @@ from transformers.activations import GELUActivation, SiLUActivation
 from transformers.models.dab_detr import modeling_dab_detr as original
 
 from dab_fast import reference
-from dab_fast.adapters._fast import Fast
+from dab_fast.adapters._fast import DropoutRates, Fast
 from dab_fast.adapters.huggingface import INVERSE_SIGMOID_EPS, canonical_name
 from dab_fast.config import Activation, DecoderConfig
 from dab_fast.decode import decode, predict_boxes
@@ -106,13 +106,13 @@ class DabDetrDecoder(Fast, original.DabDetrDecoder):
     def _read(self) -> tuple[dict[str, Tensor], DecoderConfig]:
         params = gather(self, _is_container, canonical_name)
         first: Any = self.layers[0]
-        rates = (0.0, 0.0, 0.0)
+        rates = DropoutRates()
         if self.training:
             every = {_dropout_rates(layer) for layer in self.layers}
             if len(every) > 1:
                 raise StepAside(f"the layers' dropout rates differ: {sorted(every)}")
             rates = every.pop()
-        config = _config(
+        config = DecoderConfig(
             d_model=self.hidden_size,
             nhead=first.cross_attn.decoder_attention_heads,
             num_layers=len(self.layers),
@@ -121,7 +121,8 @@ class DabDetrDecoder(Fast, original.DabDetrDecoder):
             keep_query_pos=first.cross_attn.keep_query_pos,
             bbox_embed=None if self.bbox_embed is None else "shared",
             activation=_activation(first.mlp.activation_fn),
-            rates=rates,
+            inverse_sigmoid_eps=INVERSE_SIGMOID_EPS,
+            **rates._asdict(),
         )
         return params, config
 
@@ -250,7 +251,12 @@ class DabDetrForObjectDetection(Fast, original.DabDetrForObjectDetection):
         hidden_states, reference_points = outputs.intermediate_hidden_states, outputs.reference_points
         logits = self.class_embed(hidden_states[-1])
         needed = slice(-1 if labels is None else None, None)  # layers
-        config = _config(d_model=self.config.hidden_size, query_dim=self.query_dim)
+        config = DecoderConfig(
+            d_model=self.config.hidden_size,
+            nhead=self.config.decoder_attention_heads,
+            query_dim=self.query_dim,
+            inverse_sigmoid_eps=INVERSE_SIGMOID_EPS,
+        )
         boxes = predict_boxes(params, config, hidden_states[needed], reference_points[needed])
 
         loss = loss_dict = auxiliary_outputs = None
@@ -285,24 +291,13 @@ for _class in (DabDetrDecoder, DabDetrModel, DabDetrForObjectDetection):
     _class.__doc__ = f"Hugging Face's {_class.__name__} with the forward of dab_fast."
 
 
-def _config(rates: tuple[float, float, float] = (0.0, 0.0, 0.0), **fields: Any) -> DecoderConfig:
-    dropout, attention_dropout, activation_dropout = rates
-    return DecoderConfig(
-        inverse_sigmoid_eps=INVERSE_SIGMOID_EPS,
-        dropout=dropout,
-        attention_dropout=attention_dropout,
-        activation_dropout=activation_dropout,
-        **fields,
-    )
-
-
-def _dropout_rates(layer: Any) -> tuple[float, float, float]:
+def _dropout_rates(layer: Any) -> DropoutRates:
     attentions, ffn = (layer.self_attn, layer.cross_attn), layer.mlp
     rates = {block.dropout for block in (*attentions, ffn)}
     attention_rates = {layer.self_attn.self_attn.attention_dropout, layer.cross_attn.cross_attn.attention_dropout}
     if len(rates) > 1 or len(attention_rates) > 1:
         raise StepAside(f"dropout rates inside a layer differ: {sorted(rates)}, attention {sorted(attention_rates)}")
-    return rates.pop(), attention_rates.pop(), ffn.activation_dropout
+    return DropoutRates(rates.pop(), attention_rates.pop(), ffn.activation_dropout)
 
 
 def _activation(module: nn.Module) -> Activation:
