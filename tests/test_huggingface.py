@@ -427,28 +427,33 @@ def test_autocast_bfloat16():
     model = huggingface_model()
     fast = accelerated_copy(model)
     with torch.no_grad():
-        exact = model(**images()).pred_boxes
+        exact = model(**images())
         with torch.autocast("cpu", torch.bfloat16):
             ours, theirs = fast(**images()), model(**images())
     assert ours.pred_boxes.dtype == torch.float32
-    ours_error = (ours.pred_boxes - exact).abs().mean()
-    assert ours_error <= (theirs.pred_boxes.float() - exact).abs().mean()
-    torch.testing.assert_close(ours.logits, theirs.logits, rtol=0, atol=0.1, check_dtype=False)
+    assert _mean_error(ours.pred_boxes, exact.pred_boxes) <= _mean_error(theirs.pred_boxes, exact.pred_boxes)
+    assert _mean_error(ours.logits, exact.logits) <= 2 * _mean_error(theirs.logits, exact.logits)
+
+
+def _mean_error(found, exact):
+    return (found.float() - exact).abs().mean()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models_work(dtype):
-    """The original refuses them: it makes float32 queries."""
+    """The original refuses them, since it makes float32 queries: its own error is that under autocast."""
     model = huggingface_model()
     inputs = images()
     with torch.no_grad():
         exact = model(**inputs).pred_boxes
+        with torch.autocast("cpu", dtype):
+            theirs = model(**inputs).pred_boxes
         half = accelerated_copy(model).to(dtype)
         result = half(pixel_values=inputs["pixel_values"].to(dtype))
         with pytest.raises(RuntimeError):
             copy.deepcopy(model).to(dtype)(pixel_values=inputs["pixel_values"].to(dtype))
     assert result.logits.dtype == dtype and result.pred_boxes.dtype == torch.float32
-    assert (result.pred_boxes - exact).abs().mean() < 0.02
+    assert _mean_error(result.pred_boxes, exact) <= 2 * _mean_error(theirs, exact)
 
 
 class Boxes(nn.Module):
