@@ -145,16 +145,7 @@ class DabDetrModel(Fast, original.DabDetrModel):
     ) -> Any:
         """The original's arguments and results. Without padding no mask is made, and the decoder learns h and w."""
         try:
-            if not (self.config.return_dict if return_dict is None else return_dict):
-                raise StepAside("return_dict=False")
-            if output_attentions or (output_attentions is None and self.config.output_attentions):
-                raise StepAside("output_attentions: the fast attention has no score matrix")
-            if encoder_outputs is not None:
-                raise StepAside("encoder_outputs is given")
-            if not isinstance(self.decoder, DabDetrDecoder):
-                raise StepAside(f"the decoder is a {type(self.decoder).__module__}.{type(self.decoder).__qualname__}")
-            if "forward" in vars(self.decoder):  # it may know neither `spatial_shape` nor positions of batch 1
-                raise StepAside("the decoder's forward is patched")
+            _check_served(self, encoder_outputs, output_attentions, return_dict)
         except StepAside as reason:
             self.dab_fast_step_aside(reason)
             return super().forward(
@@ -171,34 +162,29 @@ class DabDetrModel(Fast, original.DabDetrModel):
             )
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        batch, _, height, width = pixel_values.shape
         unpadded = pixel_mask is None or _is_all_valid(pixel_mask)
-        if pixel_mask is None:
-            pixel_mask = pixel_values.new_ones((batch, height, width), dtype=torch.float32)
-        features, positions = self.backbone(pixel_values, pixel_mask)
-        feature_map, mask = features[-1]
-        pos = positions[-1].flatten(2).transpose(1, 2)
-        mask = None if unpadded else mask.flatten(1)
+        feature_map, mask, pos = _features(self, pixel_values, pixel_mask)
         encoded = self.encoder(
             inputs_embeds=self.input_projection(feature_map).flatten(2).transpose(1, 2),
-            attention_mask=mask,
+            attention_mask=None if unpadded else mask,
             object_queries=pos,
             output_attentions=False,
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
+        memory = encoded.last_hidden_state
         content, anchors = reference.initial_queries(
             self.query_refpoint_embeddings.weight,
             self.patterns.weight if self.num_patterns > 0 else None,
-            batch,
+            memory.shape[0],
             self.hidden_size,
         )
         decoded = self.decoder(
             inputs_embeds=content,
             query_position_embeddings=anchors,
             object_queries=pos[:1] if unpadded else pos,
-            encoder_hidden_states=encoded.last_hidden_state,
-            memory_key_padding_mask=mask,
+            encoder_hidden_states=memory,
+            memory_key_padding_mask=None if unpadded else mask,
             output_attentions=False,
             output_hidden_states=output_hidden_states,
             return_dict=True,
@@ -207,7 +193,7 @@ class DabDetrModel(Fast, original.DabDetrModel):
         return original.DabDetrModelOutput(
             last_hidden_state=decoded.last_hidden_state,
             decoder_hidden_states=decoded.hidden_states,
-            encoder_last_hidden_state=encoded.last_hidden_state if output_hidden_states else None,
+            encoder_last_hidden_state=memory if output_hidden_states else None,
             encoder_hidden_states=encoded.hidden_states,
             intermediate_hidden_states=decoded.intermediate_hidden_states,
             reference_points=decoded.reference_points,
@@ -323,6 +309,33 @@ def _box_head(model: nn.Module) -> dict[str, Tensor]:
         return f"bbox_embed.{rest}" if head == "bbox_predictor" else None
 
     return gather(model, _is_container, rename)
+
+
+def _check_served(model: Any, encoder_outputs: Any, output_attentions: bool | None, return_dict: bool | None) -> None:
+    """Raise StepAside where the fast model cannot serve a call."""
+    if not (model.config.return_dict if return_dict is None else return_dict):
+        raise StepAside("return_dict=False")
+    if output_attentions or (output_attentions is None and model.config.output_attentions):
+        raise StepAside("output_attentions: the fast attention has no score matrix")
+    if encoder_outputs is not None:
+        raise StepAside("encoder_outputs is given")
+    if not isinstance(model.decoder, DabDetrDecoder):
+        raise StepAside(f"the decoder is a {type(model.decoder).__module__}.{type(model.decoder).__qualname__}")
+    if "forward" in vars(model.decoder):  # it may know neither `spatial_shape` nor positions of batch 1
+        raise StepAside("the decoder's forward is patched")
+
+
+def _features(
+    model: Any,
+    pixel_values: Tensor,  # [B, 3, height, width]
+    pixel_mask: Tensor | None,  # [B, height, width], 1 = valid
+) -> tuple[Tensor, Tensor, Tensor]:  # [B, C, h, w]; its mask [B, S], 1 = valid; the tokens' positions [B, S, D]
+    if pixel_mask is None:
+        batch, _, height, width = pixel_values.shape
+        pixel_mask = pixel_values.new_ones((batch, height, width), dtype=torch.float32)
+    features, positions = model.backbone(pixel_values, pixel_mask)
+    feature_map, mask = features[-1]
+    return feature_map, mask.flatten(1), positions[-1].flatten(2).transpose(1, 2)
 
 
 def _is_all_valid(mask: Tensor) -> bool:
