@@ -293,7 +293,7 @@ class Boxes(nn.Module):
         return self.model(pixel_values=pixel_values, pixel_mask=pixel_mask).pred_boxes
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_a_trace_with_nothing_padded_serves_padded_images():
     model = huggingface_model()
     padded = images(padded=True)
