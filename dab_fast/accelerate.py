@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from dab_fast.adapters import ADAPTERS
-from dab_fast.adapters._fast import Fast
+from dab_fast.adapters._fast import Fast, Reasons
 
 
 @dataclass(frozen=True, repr=False)
@@ -17,13 +17,12 @@ class Report:
 
     replaced: dict[str, Fast]  # by name in the model; "" is the model itself
     not_replaced: dict[str, str]  # name to reason
+    reasons: dict[str, Reasons]  # by name, the modules' own; they outlive `restore`
 
     @property
     def stepped_aside(self) -> dict[str, dict[str, int]]:
         """Calls that took the original forward since `accelerate`: name to reason to count."""
-        return {
-            name: dict(module.dab_fast_reasons) for name, module in self.replaced.items() if module.dab_fast_reasons
-        }
+        return {name: dict(reasons) for name, reasons in self.reasons.items() if reasons}
 
     def __str__(self) -> str:
         lines = [f"dab_fast: {len(self.replaced)} modules accelerated"]
@@ -41,13 +40,23 @@ def accelerate(model: nn.Module, *, recompute: bool = False) -> Report:
 
     Each known module becomes an instance of a subclass with the fast forward: parameters, state_dict keys, other
     instances and the libraries' classes stay as they are. A call that the fast forward cannot serve takes the
-    original one. Accelerating twice is harmless.
+    original one. Boxes are float32 at least whatever the dtype of the content; dab_fast's own kernels give the same
+    bits from run to run. `torch.save` of a model that is accelerated writes a pickle that needs dab_fast to load.
+
+    The first derivative in reverse mode is all there is: a second one (`create_graph=True`, gradient penalties) and
+    forward mode (`torch.func.jvp`) raise. `restore` the model before them.
 
     Args:
         model: a Hugging Face `DabDetrForObjectDetection`, `DabDetrModel` or `DabDetrDecoder`, a `TransformerDecoder`
             of IDEA-Research/DAB-DETR or DN-DETR, or any module with one inside.
         recompute: in training keep only the layers' inputs for backward, and compute the layers again there: less
-            memory for more time. Switching on a model's own gradient checkpointing does the same.
+            memory for more time. When a model is accelerated again, the last call's `recompute` holds, and nothing
+            else changes. A Hugging Face decoder whose layers have `gradient_checkpointing` set is recomputed without
+            it (transformers 5.23 itself refuses `gradient_checkpointing_enable()` for DAB-DETR).
+
+    Returns:
+        A `Report`: the modules replaced, those that look like DAB-DETR and were not, with the reason, and, whenever
+        it is printed, the calls that took the original forward since.
 
     Raises:
         TypeError: `model` is no module.
@@ -66,7 +75,9 @@ def accelerate(model: nn.Module, *, recompute: bool = False) -> Report:
             fast_class = adapter.fast_class(module)
             if fast_class is not None:
                 module.__class__ = fast_class
-                replaced[name] = module  # type: ignore[assignment]
+                assert isinstance(module, Fast)
+                module.dab_fast_begin()
+                replaced[name] = module
             elif reason := adapter.why_not(module):
                 not_replaced[name] = reason
     for module in replaced.values():
@@ -77,15 +88,23 @@ def accelerate(model: nn.Module, *, recompute: bool = False) -> Report:
             f"model must contain a DAB-DETR decoder that dab_fast knows ({', '.join(ADAPTERS)}), got "
             f"{type(model).__module__}.{type(model).__qualname__}{' (' + found + ')' if found else ''}"
         )
-    return Report(replaced, not_replaced)
+    return Report(replaced, not_replaced, {name: module.dab_fast_reasons for name, module in replaced.items()})
 
 
 def restore(model: nn.Module) -> None:
-    """Undo `accelerate`: every accelerated module in `model` gets its original class back."""
+    """Undo `accelerate`: every accelerated module in `model` gets its original class back.
+
+    Parameters and their gradients stay as they are; a model without accelerated modules too. Reports keep what they
+    counted.
+
+    Args:
+        model: what was given to `accelerate`, or any module with accelerated ones inside.
+
+    Raises:
+        TypeError: `model` is no module.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     for module in model.modules():
         if isinstance(module, Fast):
-            module.__dict__.pop("_dab_fast_reasons", None)
-            module.__dict__.pop("dab_fast_recompute", None)
-            module.__class__ = type(module).dab_fast_original  # type: ignore[assignment]
+            module.dab_fast_end()

@@ -1,4 +1,4 @@
-"""dab-fast demo | selftest | bench: results on stdout, progress and errors on stderr.
+"""dab-fast demo | selftest | bench, or python -m dab_fast: results on stdout, progress and errors on stderr.
 
 Exit code 0: all is well; 1: a check failed; 2: the command line or a file cannot be used, said in one line.
 """
@@ -225,3 +225,7 @@ def _table(comparison: Comparison) -> Table:
     if c.own_kernels.accelerated:
         table.add_row("decoder, own kernels", "", f"{c.own_kernels.accelerated:.0f}", "beside these")
     return table
+
+
+if __name__ == "__main__":
+    main()

@@ -180,7 +180,7 @@ class _Layers:
     ) -> Tensor:  # [B * Q, D]
         params, config, name = self.params, self.config, f"layers.{layer}"
         d = config.d_model
-        k_content, v, k_pos = keys or self.keys((layer,))[0]
+        k_content, cross_v, k_pos = keys or self.keys((layer,))[0]
         scale, ref_size_logits = self._content_heads(layer, x)
         sine, query_sine = ops.box_position_embed(
             anchors,
@@ -194,38 +194,19 @@ class _Layers:
 
         weights = [params[f"{name}.{p}_proj.weight"] for p in (*_SELF_CONTENT, *_SELF_POS)]
         qkv = self_attention_projection(x, query_pos, weights, self.self_biases[layer])
-        self_q, self_k, self_v = self._heads(qkv.unflatten(0, self.queries), 3)
-        attended = ops.modulated_cross_attention(
-            self_q,
-            None,
-            self_k,
-            None,
-            self_v,
-            key_padding_mask=self.tgt_key_padding_mask,
-            attn_mask=self.tgt_mask,
-            dropout_p=self._rate(config.attention_dropout),
-        )
-        update = linear(params, f"{name}.self_attn.out_proj", attended.reshape(x.shape))
-        x = self._add_and_norm(x, update, f"{name}.norm1")
+        q, k, v = self._heads(qkv.unflatten(0, self.queries), 3)
+        by_head = q.shape
+        masks = self.tgt_key_padding_mask, self.tgt_mask
+        x = self._attend(f"{name}.self_attn", f"{name}.norm1", x, (q, None, k, None, v), *masks)
 
         q_content = linear(params, f"{name}.ca_qcontent_proj", x)
         q_pos = linear(params, f"{name}.ca_qpos_sine_proj", query_sine)
         if layer == 0 or config.keep_query_pos:
             q_content = q_content + linear(params, f"{name}.ca_qpos_proj", query_pos)
             q_pos = q_pos + q_content
-        by_head = self_q.shape
-        attended = ops.modulated_cross_attention(
-            q_content.view(by_head),
-            reference.saturate(q_pos, q_pos.dtype).view(by_head),
-            k_content,
-            k_pos,
-            v,
-            key_padding_mask=self.memory_key_padding_mask,
-            attn_mask=self.memory_mask,
-            dropout_p=self._rate(config.attention_dropout),
-        )
-        update = linear(params, f"{name}.cross_attn.out_proj", attended.reshape(x.shape))
-        x = self._add_and_norm(x, update, f"{name}.norm2")
+        q, q_pos = q_content.view(by_head), reference.saturate(q_pos, q_pos.dtype).view(by_head)
+        masks = self.memory_key_padding_mask, self.memory_mask
+        x = self._attend(f"{name}.cross_attn", f"{name}.norm2", x, (q, q_pos, k_content, k_pos, cross_v), *masks)
 
         update = ffn(
             x,
@@ -243,6 +224,23 @@ class _Layers:
         """`forward` on the backend of the first run: the second one, in backward, may find another one chosen."""
         with ops.backend(backend):
             return self.forward(layer, x, anchors)
+
+    def _attend(
+        self,
+        attention: str,
+        norm: str,
+        x: Tensor,  # [B * Q, D]
+        tensors: tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor],  # q, q_pos, k, k_pos, v; by head
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+    ) -> Tensor:  # [B * Q, D]
+        attended = ops.modulated_cross_attention(
+            *tensors,
+            key_padding_mask=key_padding_mask,
+            attn_mask=attn_mask,
+            dropout_p=self._rate(self.config.attention_dropout),
+        )
+        return self._add_and_norm(x, linear(self.params, f"{attention}.out_proj", attended.reshape(x.shape)), norm)
 
     def _rate(self, dropout: float) -> float:
         return dropout if self.training else 0.0

@@ -320,28 +320,20 @@ def run(
             theirs, original_decoder = _run_and_catch(original, pixel_values)
             ours, accelerated_decoder = _run_and_catch(accelerated, pixel_values)
             exact = exact if half else theirs
-            decoders = {"original": original_decoder, "accelerated": accelerated_decoder}
             anchors = accelerated_decoder().reference_points[0]
             say("counting ATen calls")
             counts = [measure.count(call) for call in (original_decoder, accelerated_decoder)]
             say("timing the decoders, then the whole models, in turn")
-            models = {"original": lambda: original(pixel_values), "accelerated": lambda: accelerated(pixel_values)}
-            times = [
-                measure.interleaved_times(decoders, 11, seconds=8, device=device),
-                measure.interleaved_times(models, 5, warmup=0, seconds=15, device=device),
-            ]
-
-    pixels = torch.tensor([image.width, image.height] * 2, dtype=torch.float32, device=device)
-
-    def box_difference(a: Any, b: Any) -> float:
-        return ((a.pred_boxes.float() - b.pred_boxes.float()).abs() * pixels).max().item()
-
-    def logit_difference(a: Any, b: Any) -> float:
-        return (a.logits.float() - b.logits.float()).abs().max().item()
-
-    rounds = [t.best for both in times for t in both.values()]
-    milliseconds = [Pair(*(1e3 * t[key].quantile(0.5) for key in ("original", "accelerated"))) for t in times]
-    move = ((ours.pred_boxes - anchors).abs() * pixels)[..., :2].norm(dim=-1).median().item()
+            decoders = measure.interleaved_times(
+                {"original": original_decoder, "accelerated": accelerated_decoder}, 11, seconds=8, device=device
+            )
+            models = measure.interleaved_times(
+                {"original": lambda: original(pixel_values), "accelerated": lambda: accelerated(pixel_values)},
+                5,
+                warmup=0,
+                seconds=15,
+                device=device,
+            )
     comparison = Comparison(
         image=name,
         size=image.size,
@@ -352,21 +344,53 @@ def run(
         compared="accelerated under autocast against the original in float32"
         if half
         else "accelerated against original",
-        max_box_difference_px=box_difference(ours, exact),
-        max_logit_difference=logit_difference(ours, exact),
-        original_box_error_px=box_difference(theirs, exact),
-        original_logit_error=logit_difference(theirs, exact),
-        median_box_move_px=move,
-        decoder_ms=milliseconds[0],
-        model_ms=milliseconds[1],
-        rounds=min(len(times) for times in rounds),
-        times_vary=max(max(times) / min(times) for times in rounds),
+        **_differences(theirs, ours, exact, anchors, image.size),
+        **_times(decoders, models),
         aten_calls=Pair(*(c.aten.total() for c in counts)),
         own_kernels=Pair(*(c.kernels.total() for c in counts)),
         stepped_aside=report.stepped_aside,
     )
     answers = [Detections(x.logits[0].float().cpu(), x.pred_boxes[0].float().cpu()) for x in (exact, ours)]
     return comparison, answers[0], answers[1]
+
+
+def _differences(
+    theirs: Any,
+    ours: Any,
+    exact: Any,  # the original's outputs in float32
+    anchors: Tensor,  # [B, Q, 4], which the first layer reads
+    size: tuple[int, int],
+) -> dict[str, Any]:
+    """Fields of `Comparison`: how far outputs are apart, and boxes from where they started."""
+    pixels = torch.tensor([*size, *size], dtype=torch.float32, device=anchors.device)
+
+    def box_difference(a: Any, b: Any) -> float:
+        return ((a.pred_boxes.float() - b.pred_boxes.float()).abs() * pixels).max().item()
+
+    def logit_difference(a: Any, b: Any) -> float:
+        return (a.logits.float() - b.logits.float()).abs().max().item()
+
+    return {
+        "max_box_difference_px": box_difference(ours, exact),
+        "max_logit_difference": logit_difference(ours, exact),
+        "original_box_error_px": box_difference(theirs, exact),
+        "original_logit_error": logit_difference(theirs, exact),
+        "median_box_move_px": ((ours.pred_boxes - anchors).abs() * pixels)[..., :2].norm(dim=-1).median().item(),
+    }
+
+
+def _times(decoders: dict[str, measure.Times], models: dict[str, measure.Times]) -> dict[str, Any]:
+    """Fields of `Comparison`: medians, and how much the rounds say."""
+    rounds = [t.best for both in (decoders, models) for t in both.values()]
+    decoder_ms, model_ms = (
+        Pair(*(1e3 * both[key].quantile(0.5) for key in ("original", "accelerated"))) for both in (decoders, models)
+    )
+    return {
+        "decoder_ms": decoder_ms,
+        "model_ms": model_ms,
+        "rounds": min(len(times) for times in rounds),
+        "times_vary": max(max(times) / min(times) for times in rounds),
+    }
 
 
 @dataclass(frozen=True)

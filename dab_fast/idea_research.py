@@ -11,18 +11,17 @@ forward are theirs. One difference: a query whose keys are all masked gets zeros
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dab_fast import reference
 from dab_fast.adapters import idea_research as adapter
+from dab_fast.config import Activation
 from dab_fast.decoder import MLP
 from dab_fast.ops._checks import check_tensor
 from dab_fast.parameters import StepAside
-
-_ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "selu": F.selu}
 
 
 class TransformerDecoderLayer(nn.Module):
@@ -33,7 +32,7 @@ class TransformerDecoderLayer(nn.Module):
         nhead: attention heads H.
         dim_feedforward: FFN width.
         dropout: rate everywhere: attention probabilities, after each attention, inside and after the FFN.
-        activation: "relu", "gelu", "selu" or "prelu".
+        activation: "prelu", "relu", "gelu", "silu" or "selu".
         normalize_before: without effect, as in the original.
         keep_query_pos: the cross-attention reads the query position in every layer, not only in the first.
         rm_self_attn_decoder: must be False.
@@ -56,8 +55,8 @@ class TransformerDecoderLayer(nn.Module):
         super().__init__()
         if rm_self_attn_decoder:
             raise ValueError("rm_self_attn_decoder must be False, got True")
-        if activation not in (*_ACTIVATIONS, "prelu"):
-            raise ValueError(f"activation must be one of {(*_ACTIVATIONS, 'prelu')}, got {activation!r}")
+        if activation not in get_args(Activation):
+            raise ValueError(f"activation must be one of {get_args(Activation)}, got {activation!r}")
         if d_model % 4 or d_model % nhead:
             raise ValueError(f"d_model must be a multiple of 4 and of nhead={nhead}, got {d_model}")
         # The order is that of an optimizer's saved state, and of the random numbers of the initial weights.
@@ -76,7 +75,7 @@ class TransformerDecoderLayer(nn.Module):
         self.norm3 = nn.LayerNorm(d_model)
         self.dropout2 = nn.Dropout(dropout)
         self.dropout3 = nn.Dropout(dropout)
-        self.activation = nn.PReLU() if activation == "prelu" else _ACTIVATIONS[activation]
+        self.activation = nn.PReLU() if activation == "prelu" else reference.ACTIVATIONS[activation]
         self.nhead, self.normalize_before, self.keep_query_pos = nhead, normalize_before, keep_query_pos
         self.rm_self_attn_decoder = rm_self_attn_decoder
 

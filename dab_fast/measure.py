@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import statistics
 import sys
 import time
 import weakref
@@ -209,14 +208,6 @@ def interleaved_times(
             walls[name].append(wall)
             devices[name].append(on_device)
     return {name: Times(walls[name], devices[name] if device.type == "cuda" else None) for name in names}
-
-
-def interleaved_medians(
-    fns: Mapping[str, Callable[[], Any]], rounds: int, *, device: torch.device | str = "cpu"
-) -> dict[str, float]:
-    """The median seconds of each fn, timed once per round in turn."""
-    times = interleaved_times(fns, rounds, device=device)
-    return {name: statistics.median(t.best) for name, t in times.items()}
 
 
 def _cpu_call(fn: Callable[[], Any], scratch: Tensor | None) -> tuple[float, float]:

@@ -23,6 +23,9 @@ def warmup(
 ) -> None:
     """Runs a decoder with parameters of its own once per shape, padded and not, on the Triton kernels.
 
+    Your model and the random state stay as they are. The kernels are those of `box_position_embed`,
+    `modulated_cross_attention` and `refine_boxes`, configured by shape and dtype.
+
     Args:
         shapes: (B, Q, S) of the calls to come: images, queries (patterns included), memory tokens h * w.
         config: of the decoder to come; the default is DAB-DETR R50's.
@@ -31,7 +34,7 @@ def warmup(
         device: the GPU; compiled kernels are cached on disk, for each architecture.
 
     Raises:
-        BackendUnavailable: there is no GPU, or none that the kernels run on.
+        BackendUnavailable: there is no GPU, none that the kernels run on, or they do not take the decoder's widths.
     """
     device = torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():

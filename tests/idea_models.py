@@ -31,6 +31,7 @@ VARIANTS = {
     "relu": {"activation": "relu"},
     "gelu": {"activation": "gelu"},
     "selu": {"activation": "selu"},
+    "silu": {"activation": "silu"},
     "one_layer": {"num_layers": 1},
 }
 

@@ -76,6 +76,12 @@ def test_a_wrecked_decoder_fails(checkpoint, photo, tmp_path):
     assert "FAIL" in result.stdout and "boxes differ" in result.stdout
 
 
+@pytest.mark.parametrize("module", ["dab_fast", "dab_fast.cli"])
+def test_runs_as_a_module(module):
+    done = subprocess.run([sys.executable, "-m", module, "bench", "--device", "tpu9"], capture_output=True, text=True)
+    assert done.returncode == 2 and "--device must be" in done.stderr
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_demo_in_half_precision(checkpoint, photo, tmp_path, dtype):
     result = invoke(

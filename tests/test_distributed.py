@@ -26,7 +26,7 @@ def gradients(model) -> dict[str, torch.Tensor | None]:
 def test_ddp(process_group):
     model = huggingface_model().train()
     fast = accelerated_copy(model)
-    parallel = DistributedDataParallel(fast, static_graph=True)
+    parallel = DistributedDataParallel(fast)
     for m in (model, parallel):
         m(**images(), labels=labels()).loss.backward()
     assert_same_gradients(gradients(parallel), gradients(model))

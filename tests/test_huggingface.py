@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import logging
 import pickle
 
 import pytest
@@ -14,11 +13,18 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DabDetrForObjectDetection
 
 import dab_fast
-from tests.models import accelerated_copy, assert_same_gradients, huggingface_model, images, labels, perturb_, replicate
-
-# The largest differences of float32 sums in another order, on perturbed weights (design: 2e-5 and 5e-6).
-HIDDEN_TOLERANCE = 2e-5
-BOX_TOLERANCE = 5e-6
+from tests.models import (
+    BOX_TOLERANCE,
+    HIDDEN_TOLERANCE,
+    accelerated_copy,
+    assert_same_gradients,
+    assert_same_outputs,
+    huggingface_model,
+    images,
+    labels,
+    perturb_,
+    replicate,
+)
 
 VARIANTS = {
     "default": {},
@@ -29,14 +35,9 @@ VARIANTS = {
     "silu": {"activation_function": "silu"},
     "no_aux": {"auxiliary_loss": False},
     "one_layer": {"decoder_layers": 1},
+    "three_heads": {"hidden_size": 60, "decoder_attention_heads": 3, "encoder_attention_heads": 3},
     "wide_heads": {"hidden_size": 64, "decoder_attention_heads": 1},
 }
-
-
-def assert_same_outputs(ours, theirs):
-    for key in ("logits", "last_hidden_state"):
-        torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=HIDDEN_TOLERANCE)
-    torch.testing.assert_close(ours.pred_boxes, theirs.pred_boxes, rtol=0, atol=BOX_TOLERANCE)
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -107,22 +108,6 @@ def test_hidden_states_and_tuples():
     assert "return_dict=False" in fast.dab_fast_reasons
 
 
-def test_output_attentions_steps_aside(caplog):
-    model = huggingface_model()
-    fast = accelerated_copy(model)
-    inputs = images()
-    with caplog.at_level(logging.WARNING, "dab_fast"), torch.no_grad():
-        for _ in range(2):
-            ours = fast(**inputs, output_attentions=True)
-    theirs = model(**inputs, output_attentions=True)
-    for a, b in zip(ours.cross_attentions, theirs.cross_attentions, strict=True):
-        torch.testing.assert_close(a, b)
-    reasons = fast.model.decoder.dab_fast_reasons
-    assert len(reasons) == 1 and sum(reasons.values()) == 2
-    assert sum("DabDetrDecoder takes" in line for line in caplog.messages) == 1
-    assert "stepped aside 2 times" in str(dab_fast.accelerate(fast))
-
-
 def test_bare_model_and_bare_decoder():
     model = huggingface_model()
     inputs = images(padded=True)
@@ -144,7 +129,7 @@ def test_restore_and_twice():
     assert str(dab_fast.accelerate(model)) == str(first)
     dab_fast.restore(model)
     assert [type(m) for m in model.modules()] == classes
-    assert "_dab_fast_reasons" not in model.__dict__
+    assert not any("dab_fast" in key for m in model.modules() for key in vars(m))
 
 
 def test_other_instances_stay():
@@ -186,50 +171,6 @@ def test_data_parallel_replicas():
     assert not replica.model.decoder.dab_fast_reasons
 
 
-def _lora(decoder):
-    import peft
-
-    targets = ["fc1", "cross_attn_value_proj"]
-    return peft.inject_adapter_in_model(peft.LoraConfig(target_modules=targets, init_lora_weights=False), decoder)
-
-
-def _hook(decoder):
-    decoder.layers[1].mlp.fc1.register_forward_hook(lambda module, args, output: output + 1)
-    return decoder
-
-
-def _parametrize(decoder):
-    nn.utils.parametrizations.weight_norm(decoder.layers[0].mlp.fc2)
-    return decoder
-
-
-def _patch(decoder):
-    layer = decoder.layers[1].mlp
-    original = layer.forward
-    layer.forward = lambda hidden_states: original(hidden_states) + 1
-    return decoder
-
-
-def _quantize(decoder):
-    torch.ao.quantization.quantize_dynamic(decoder, {nn.Linear}, inplace=True)
-    return decoder
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("change", [_lora, _hook, _parametrize, _patch, _quantize])
-def test_changed_modules_step_aside(change):
-    """What the weights alone no longer say: the original forward answers, and the report says why."""
-    model = huggingface_model()
-    change(model.model.decoder)
-    fast = huggingface_model()
-    report = dab_fast.accelerate(fast)
-    change(fast.model.decoder)
-    fast.load_state_dict(model.state_dict())
-    with torch.no_grad():
-        assert_same_outputs(fast(**images()), model(**images()))
-    assert "model.decoder" in report.stepped_aside
-
-
 @pytest.mark.parametrize("switch", ["gradient_checkpointing", "recompute"])
 def test_recompute(switch):
     """transformers 5.23 offers no switch for DAB-DETR's checkpointing, but its layers know how."""
@@ -258,6 +199,38 @@ def test_recompute(switch):
     assert not fast.model.decoder.dab_fast_reasons
 
 
+def test_the_last_recompute_holds():
+    model = huggingface_model()
+    decoder = model.model.decoder
+    for recompute in (True, False, True):
+        dab_fast.accelerate(model, recompute=recompute)
+        assert decoder.dab_fast_recompute is recompute
+    dab_fast.accelerate(model)
+    assert decoder.dab_fast_recompute is False
+
+
+def _second_derivative(model):
+    pixels = images()["pixel_values"].requires_grad_()
+    (slope,) = torch.autograd.grad(model(pixels).pred_boxes.sum(), pixels, create_graph=True)
+    slope.square().sum().backward()
+
+
+def _forward_mode(model):
+    pixels = images()["pixel_values"]
+    torch.func.jvp(lambda x: model(x).pred_boxes, (pixels,), (torch.ones_like(pixels),))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("derivative", [_second_derivative, _forward_mode])
+def test_other_derivatives_raise_and_restore_gives_them_back(derivative):
+    model = huggingface_model()
+    dab_fast.accelerate(model)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        derivative(model)
+    dab_fast.restore(model)
+    derivative(model)
+
+
 def _keep(kept: dict[int, int], x: torch.Tensor) -> torch.Tensor:
     kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
     return x
@@ -280,28 +253,85 @@ def test_autocast_bfloat16():
     model = huggingface_model()
     fast = accelerated_copy(model)
     with torch.no_grad():
-        exact = model(**images()).pred_boxes
+        exact = model(**images())
         with torch.autocast("cpu", torch.bfloat16):
             ours, theirs = fast(**images()), model(**images())
     assert ours.pred_boxes.dtype == torch.float32
-    ours_error = (ours.pred_boxes - exact).abs().mean()
-    assert ours_error <= (theirs.pred_boxes.float() - exact).abs().mean()
-    torch.testing.assert_close(ours.logits, theirs.logits, rtol=0, atol=0.1, check_dtype=False)
+    assert _mean_error(ours.pred_boxes, exact.pred_boxes) <= _mean_error(theirs.pred_boxes, exact.pred_boxes)
+    assert _mean_error(ours.logits, exact.logits) <= 2 * _mean_error(theirs.logits, exact.logits)
+
+
+def _mean_error(found, exact):
+    return (found.float() - exact).abs().mean()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models_work(dtype):
-    """The original refuses them: it makes float32 queries."""
+    """The original refuses them, since it makes float32 queries: its own error is that under autocast."""
     model = huggingface_model()
     inputs = images()
     with torch.no_grad():
         exact = model(**inputs).pred_boxes
+        with torch.autocast("cpu", dtype):
+            theirs = model(**inputs).pred_boxes
         half = accelerated_copy(model).to(dtype)
         result = half(pixel_values=inputs["pixel_values"].to(dtype))
         with pytest.raises(RuntimeError):
             copy.deepcopy(model).to(dtype)(pixel_values=inputs["pixel_values"].to(dtype))
     assert result.logits.dtype == dtype and result.pred_boxes.dtype == torch.float32
-    assert (result.pred_boxes - exact).abs().mean() < 0.02
+    assert _mean_error(result.pred_boxes, exact) <= 2 * _mean_error(theirs, exact)
+
+
+class Boxes(nn.Module):
+    """What torch.jit.trace takes: tensors in, a tensor out."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values, pixel_mask):
+        return self.model(pixel_values=pixel_values, pixel_mask=pixel_mask).pred_boxes
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_trace_with_nothing_padded_serves_padded_images():
+    model = huggingface_model()
+    padded = images(padded=True)
+    example = (padded["pixel_values"], torch.ones_like(padded["pixel_mask"]))
+    traced = torch.jit.trace(Boxes(accelerated_copy(model)), example, check_trace=False)
+    with torch.no_grad():
+        torch.testing.assert_close(traced(*padded.values()), model(**padded).pred_boxes, rtol=0, atol=BOX_TOLERANCE)
+
+
+@pytest.mark.parametrize("auxiliary_loss", [False, True])
+def test_class_head_is_called_as_the_original_calls_it(auxiliary_loss):
+    model = huggingface_model(auxiliary_loss=auxiliary_loss)
+    shapes = {}
+    for name, m in (("theirs", model), ("ours", accelerated_copy(model))):
+        seen = shapes.setdefault(name, [])
+        m.class_embed.register_forward_hook(lambda module, args, output, seen=seen: seen.append(args[0].shape))
+        with torch.no_grad():
+            m(**images())
+            m(**images(), labels=labels())
+    assert shapes["ours"] == shapes["theirs"]
+
+
+@pytest.mark.parametrize("auxiliary_loss", [False, True])
+def test_a_loss_of_ones_own_gets_what_the_original_gives_it(auxiliary_loss):
+    model = huggingface_model(auxiliary_loss=auxiliary_loss)
+    given = {}
+    for name, m in (("theirs", model), ("ours", accelerated_copy(model))):
+
+        def loss(logits, labels, device, boxes, config, classes=None, coordinates=None, name=name):
+            given[name] = (logits, boxes, classes, coordinates)
+            return coordinates.square().mean(), {}, None
+
+        m.loss_function = loss
+        m(**images(), labels=labels()).loss.backward()
+    for ours, theirs in zip(given["ours"], given["theirs"], strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=HIDDEN_TOLERANCE)
 
 
 def test_everything_padded_is_finite():

@@ -238,6 +238,112 @@ def test_data_parallel_replicas_and_compile():
     assert not replica.dab_fast_reasons and not ours.dab_fast_reasons
 
 
+class DroppingMLP(second.ReluMLP):
+    """A relu MLP in eval mode only."""
+
+    def forward(self, x):
+        for layer in self.layers[:-1]:
+            x = nn.functional.dropout(layer(x).relu(), 0.5, self.training)
+        return self.layers[-1](x)
+
+
+class ScaledMemory(second.TransformerDecoder):
+    def forward(self, tgt, memory, **more):
+        return super().forward(tgt, memory * 0.5 if self.training else memory, **more)
+
+
+class SkippingLayers(second.TransformerDecoder):
+    """So seldom that no comparison of a few results would see it."""
+
+    def forward(self, *args, **kwargs):
+        states, references = super().forward(*args, **kwargs)
+        return [states * 2 if self.training and torch.rand(()) < 1e-9 else states, references]
+
+
+class Alternating(second.TransformerDecoder):
+    def forward(self, *args, **kwargs):
+        states, references = super().forward(*args, **kwargs)
+        self.calls = getattr(self, "calls", 0) + self.training
+        return [states * 2 if self.calls > 1 else states, references]
+
+
+def test_what_only_training_does_is_seen():
+    def with_class(kind):
+        return edited(lambda d: setattr(d, "__class__", kind))
+
+    for decoder, reason in (
+        (with_class(ScaledMemory), "hidden states are not what the original computes in training"),
+        (with_class(SkippingLayers), "draws random numbers in training with every dropout rate at 0"),
+        (with_class(Alternating), "hidden states are not what the original computes in training"),
+        (edited(lambda d: setattr(d.ref_point_head, "__class__", DroppingMLP)), "ref_point_head is a .*DroppingMLP"),
+    ):
+        for training in (False, True):
+            with pytest.raises(ValueError, match=reason):
+                dab_fast.accelerate(decoder.train(training))
+
+
+def test_dropout_does_not_keep_a_decoder_from_being_recognised():
+    theirs = oracle(dropout=0.5).train()
+    ours = accelerated(theirs)
+    first, second_ = (ours(**inputs())[0] for _ in range(2))
+    assert (first - second_).abs().max() > 0.1 and not ours.dab_fast_reasons
+    assert ours.layers[0].dropout1.p == ours.layers[0].self_attn.dropout == 0.5
+
+
+def test_a_box_mlp_that_drops_only_in_training():
+    """Assigned after accelerate: each mode asks for itself."""
+    theirs = oracle()
+    ours = accelerated(theirs)
+    ours.bbox_embed = DroppingMLP(D, D, D, 4)
+    with torch.no_grad():
+        ours.eval()(**inputs())
+        assert not ours.dab_fast_reasons
+        ours.train()(**inputs())
+    assert ours.dab_fast_reasons == {"bbox_embed is a tests.test_idea_accelerate.DroppingMLP": 1}
+
+
+class Scaling(second.TransformerDecoder):
+    """Takes an argument and has a flag that the original does not have."""
+
+    double = False
+
+    def forward(self, *args, scale=1.0, **kwargs):
+        states, references = super().forward(*args, **kwargs)
+        return [states * scale * (2 if self.double else 1), references]
+
+
+def scaling():
+    return edited(lambda d: setattr(d, "__class__", Scaling))
+
+
+def test_an_argument_of_its_own_steps_aside():
+    theirs = scaling()
+    ours = accelerated(theirs)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(**inputs(), scale=2.0), theirs(**inputs(), scale=2.0), rtol=0, atol=0)
+    assert ours.dab_fast_reasons == {"the original takes no scale": 1}
+
+
+def test_a_flag_that_changes_after_accelerate_steps_aside():
+    theirs = scaling()
+    ours = accelerated(theirs)
+    again = pickle.loads(pickle.dumps(ours))
+    theirs.double = True
+    for decoder in (ours, again, replicate(ours)):
+        decoder.double = True
+        with torch.no_grad():
+            torch.testing.assert_close(decoder(**inputs()), theirs(**inputs()), rtol=0, atol=0)
+        assert decoder.dab_fast_reasons == {"double was changed after accelerate": 1}
+        decoder.dab_fast_reasons.clear()
+    del ours.double
+    ours.train()(**inputs())
+    assert not ours.dab_fast_reasons
+    ours.double = True
+    dab_fast.accelerate(ours)
+    ours(**inputs())
+    assert ours.dab_fast_reasons, "accelerating twice does not ask again what was compared once"
+
+
 class Switched(second.ReluMLP):
     """The same class with and without relus."""
 

@@ -92,8 +92,7 @@ def test_interleaved_times():
     assert order == ["slow", "fast", "slow", "fast", "fast", "slow", "slow", "fast", "fast", "slow"]
     assert [len(t.wall) for t in times.values()] == [4, 4]
     assert times["slow"].quantile(0.5) >= 0.02 > times["fast"].quantile(0.5)
-    medians = measure.interleaved_medians(fns, rounds=3)
-    assert medians["slow"] > medians["fast"]
+    assert times["slow"].quantile(0.5) > times["fast"].quantile(0.5)
     order.clear()
     measure.interleaved_times(fns, rounds=1000, warmup=0, seconds=0.2)
     assert order.count("slow") <= 11, "the budget of seconds holds"

@@ -13,10 +13,10 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dab_fast.adapters._fast import Fast
+from dab_fast import reference
+from dab_fast.adapters._fast import DropoutRates, Fast
 from dab_fast.config import Activation, DecoderConfig
 from dab_fast.decode import decode
 from dab_fast.decoder import DabDecoder
@@ -76,7 +76,8 @@ def read(decoder: nn.Module) -> tuple[dict[str, Tensor], DecoderConfig]:
     Raises:
         StepAside: it cannot be read; the message says why.
     """
-    layers: Any = decoder.layers
+    theirs: Any = decoder
+    layers = theirs.layers
     first = layers[0]
     attentions = {type(first.self_attn), type(first.cross_attn)}
 
@@ -87,18 +88,20 @@ def read(decoder: nn.Module) -> tuple[dict[str, Tensor], DecoderConfig]:
 
     params = gather(decoder, is_container, lambda name: name)
     try:
-        config = _config(
-            d_model=decoder.norm.normalized_shape[0],  # type: ignore[union-attr, index]
+        rates = _dropout_rates(layers) if decoder.training else DropoutRates()
+        config = DecoderConfig(
+            d_model=theirs.norm.normalized_shape[0],
             nhead=_same("numbers of heads", {n for layer in layers for n in _numbers_of_heads(layer)}),
             num_layers=len(layers),
             dim_feedforward=first.linear1.out_features,
-            query_dim=decoder.query_dim,
-            query_scale_type=decoder.query_scale_type,
-            modulate_hw_attn=bool(decoder.modulate_hw_attn),
+            query_dim=theirs.query_dim,
+            query_scale_type=theirs.query_scale_type,
+            modulate_hw_attn=bool(theirs.modulate_hw_attn),
             keep_query_pos=_same("keep_query_pos", {bool(layer.keep_query_pos) for layer in layers}),
             bbox_embed=_bbox_embed(decoder),
             activation=_same("activations", {_activation(layer.activation) for layer in layers}),
-            rates=_dropout_rates(layers) if decoder.training else (0.0, 0.0, 0.0),
+            inverse_sigmoid_eps=INVERSE_SIGMOID_EPS,
+            **rates._asdict(),
         )
     except (AttributeError, ValueError) as error:
         raise StepAside(str(error)) from None
@@ -135,6 +138,12 @@ def run(
 class FastTransformerDecoder(Fast):
     """Mixed into a subclass of the user's own `TransformerDecoder`."""
 
+    dab_fast_settings: dict[str, Any]  # under which the two forwards were compared
+
+    def dab_fast_begin(self) -> None:
+        super().dab_fast_begin()
+        self.dab_fast_settings = _settings(self)
+
     def forward(
         self,
         tgt: Tensor,  # [Q, B, D]
@@ -145,10 +154,15 @@ class FastTransformerDecoder(Fast):
         memory_key_padding_mask: Tensor | None = None,  # [B, S]
         pos: Tensor | None = None,  # [S, B, D]
         refpoints_unsigmoid: Tensor | None = None,  # [Q, B, query_dim]
+        **more: Any,
     ) -> Any:
         """The original's arguments and results."""
         masks = (tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
         try:
+            if more:
+                raise StepAside(f"the original takes no {', '.join(more)}")
+            if changed := self.dab_fast_settings.items() ^ _settings(self).items():
+                raise StepAside(f"{', '.join(sorted({name for name, _ in changed}))} was changed after accelerate")
             if pos is None or refpoints_unsigmoid is None:
                 raise StepAside("pos or refpoints_unsigmoid is None")
             for mask in masks:
@@ -157,7 +171,19 @@ class FastTransformerDecoder(Fast):
             return run(self, tgt, memory, *masks, pos, refpoints_unsigmoid)
         except StepAside as reason:
             self.dab_fast_step_aside(reason)
-            return super().forward(tgt, memory, *masks, pos, refpoints_unsigmoid)
+            return super().forward(tgt, memory, *masks, pos, refpoints_unsigmoid, **more)
+
+
+def _settings(decoder: nn.Module) -> dict[str, Any]:
+    """The numbers, strings and flags that a decoder's forward may depend on."""
+    return {
+        name: x
+        for name, x in vars(decoder).items()
+        if type(x) in _SCALARS and name != "training" and not name.startswith(("_", "dab_fast"))
+    }
+
+
+_SCALARS = (bool, int, float, str)
 
 
 @functools.cache
@@ -199,7 +225,7 @@ def is_relu_mlp(module: nn.Module) -> bool:
     if torch.compiler.is_compiling():
         return True
     settings = frozenset((name, _hashable(x)) for name, x in vars(module).items() if not name.startswith("_"))
-    key = (type(module), settings - {("training", module.training)}, len(layers))
+    key = (type(module), settings, len(layers))  # `training` is one of the settings
     if key not in _IS_RELU_MLP:
         _IS_RELU_MLP[key] = _computes_relu_mlp(module)
     return _IS_RELU_MLP[key]
@@ -229,25 +255,34 @@ def _computes_relu_mlp(module: nn.Module) -> bool:
     for i, layer in enumerate(twin.layers):
         expected = layer(expected.relu() if i else expected)
     try:
-        return torch.allclose(type(module).forward(twin, given), expected)  # hooks are not called
+        with torch.random.fork_rng(devices=[]):
+            return torch.allclose(type(module).forward(twin, given), expected)  # hooks are not called
     except Exception:
         return False
 
 
 @torch.no_grad()
 def _probe(decoder: nn.Module) -> None:
-    """Raise StepAside unless the original forward and the fast one agree on a copy with random parameters."""
+    """Raise StepAside unless the original forward and the fast one agree on a copy with random parameters.
+
+    In training without dropout too, and twice: what is random there, or counts its calls, is not the original's.
+    """
     try:
         decoder, randn = _randomized_copy(decoder)
     except Exception as error:
         raise StepAside(f"it cannot be copied: {error}") from error
-    decoder.eval()
-    config = read(decoder)[1]
+    given = _random_queries(read(decoder.eval())[1], randn)
+    with torch.random.fork_rng(devices=[]):
+        for training in (False, True, True):
+            _compare(decoder.train(training), given, " in training" if training else "")
+
+
+def _random_queries(config: DecoderConfig, randn: Callable[..., Tensor]) -> dict[str, Any]:
     b, q, s, d = 2, 5, 6, config.d_model
     anchors = randn(q, b, config.query_dim)
     anchors[0, :, :2] = -9.0  # a center of 1e-4 shows the eps of the inverse sigmoid
     groups = torch.arange(q) >= 3
-    given: dict[str, Any] = {
+    return {
         "tgt": randn(q, b, d),
         "memory": randn(s, b, d),
         "tgt_mask": groups[:, None] ^ groups,
@@ -257,26 +292,37 @@ def _probe(decoder: nn.Module) -> None:
         "pos": randn(s, b, d),
         "refpoints_unsigmoid": anchors,
     }
+
+
+def _compare(decoder: nn.Module, given: dict[str, Any], when: str) -> None:
+    expected_states, expected_references = run(decoder, **given)
+    random_state = torch.get_rng_state()
     try:
         hidden_states, references = type(decoder).forward(decoder, **given)  # hooks are not called
     except Exception as error:
-        raise StepAside(f"its forward raises {type(error).__name__} on a copy: {error}") from error
-    expected_states, expected_references = run(decoder, **given)
+        raise StepAside(f"its forward raises {type(error).__name__} on a copy{when}: {error}") from error
+    if not torch.equal(torch.get_rng_state(), random_state):
+        raise StepAside(f"it draws random numbers{when} with every dropout rate at 0")
     for name, got, expected in (
         ("hidden states", hidden_states, expected_states),
         ("reference points", references.logit(1e-7), expected_references.logit(1e-7)),
     ):
         if got.shape != expected.shape:
-            raise StepAside(f"its {name} have shape {list(got.shape)}, not {list(expected.shape)}")
+            raise StepAside(f"its {name} have shape {list(got.shape)}{when}, not {list(expected.shape)}")
         difference = (got - expected).abs().max().item()
         if not difference <= _PROBE_TOLERANCE:
-            raise StepAside(f"its {name} are not what the original computes: they differ by {difference:.1e}")
+            raise StepAside(f"its {name} are not what the original computes{when}: they differ by {difference:.1e}")
 
 
 def _randomized_copy(module: nn.Module) -> tuple[nn.Module, Callable[..., Tensor]]:
-    """A float32 copy on the CPU whose parameters hide nothing, and its source of random numbers."""
+    """A float32 copy on the CPU without dropout whose parameters hide nothing, and its source of random numbers."""
     randn = _randn()
     module = copy.deepcopy(module).to(device="cpu", dtype=torch.float32)
+    for part in module.modules():
+        if type(part) is nn.Dropout:
+            part.p = 0.0
+        elif isinstance(getattr(part, "dropout", None), float):  # an attention's rate
+            part.dropout = 0.0  # type: ignore[assignment]
     for parameter in module.parameters():
         noise = randn(parameter.shape)
         if parameter.dim() > 1:
@@ -291,17 +337,6 @@ def _randn() -> Callable[..., Tensor]:
     return functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
 
 
-def _config(rates: tuple[float, float, float], **fields: Any) -> DecoderConfig:
-    dropout, attention_dropout, activation_dropout = rates
-    return DecoderConfig(
-        inverse_sigmoid_eps=INVERSE_SIGMOID_EPS,
-        dropout=dropout,
-        attention_dropout=attention_dropout,
-        activation_dropout=activation_dropout,
-        **fields,
-    )
-
-
 def _same(what: str, values: set[Any]) -> Any:
     if len(values) != 1:
         raise StepAside(f"the layers' {what} differ: {sorted(values)}")
@@ -312,8 +347,8 @@ def _numbers_of_heads(layer: Any) -> set[int]:
     return {layer.nhead, layer.self_attn.num_heads, layer.cross_attn.num_heads}
 
 
-def _dropout_rates(layers: Any) -> tuple[float, float, float]:
-    return (
+def _dropout_rates(layers: Any) -> DropoutRates:
+    return DropoutRates(
         _same("dropout rates", {d.p for layer in layers for d in (layer.dropout1, layer.dropout2, layer.dropout3)}),
         _same("attention dropout rates", {a.dropout for x in layers for a in (x.self_attn, x.cross_attn)}),
         _same("FFN dropout rates", {layer.dropout.p for layer in layers}),
@@ -321,12 +356,14 @@ def _dropout_rates(layers: Any) -> tuple[float, float, float]:
 
 
 def _activation(activation: Any) -> Activation:
-    functions: dict[Any, Activation] = {F.relu: "relu", F.gelu: "gelu", F.selu: "selu"}
     if type(activation) is nn.PReLU:
         return "prelu"
-    if activation not in functions:
+    if activation not in _ACTIVATIONS:
         raise StepAside(f"the activation {activation} is unknown")
-    return functions[activation]
+    return _ACTIVATIONS[activation]
+
+
+_ACTIVATIONS: dict[Any, Any] = {function: name for name, function in reference.ACTIVATIONS.items()}
 
 
 def _bbox_embed(decoder: Any) -> Any:

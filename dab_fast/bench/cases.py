@@ -35,6 +35,7 @@ logger = logging.getLogger("dab_fast")
 MB = 1e6
 HOST_CALLS = 20  # back to back, in a row of mode "host"; its times are of one
 _NO_GRAD = ("inference", "forward", "host")
+_WITH_RELU = ("decoder", "model")  # over so many units that one of them is always near zero
 
 
 @dataclass(frozen=True)
@@ -104,12 +105,12 @@ def measure_case(
 
         def prepare(provider: Provider = provider) -> tuple[_Runner, rows.Row]:
             runner = _runner(case, work, provider.build(work))
-            error = None if truth is None else _error(case, runner.evaluate(), truth)
+            errors = {} if truth is None else _errors(case, runner.evaluate(), truth)
             # The loss matches boxes, which must be numbers then.
             skip = interpreted(provider) and case.kind != "model"
             with measure.kernels_skipped() if skip else nullcontext():
                 facts = _facts(case, runner, device, counted=not provider.compiled)
-            return runner, {"error": error, **facts}
+            return runner, {**errors, **facts}
 
         found = _attempt(prepare, name, result)
         if found is not None:
@@ -190,28 +191,38 @@ def _facts(case: Case, runner: _Runner, device: torch.device, *, counted: bool) 
     return found
 
 
-def _error(
+def _errors(
     case: Case,
     ours: tuple[Tensor, dict[str, Tensor | None]],
     truth: tuple[Tensor, dict[str, Tensor | None]],
-) -> float:
-    """Of the output, or of the gradients where there are any: the largest, relative to the truth's scale.
+) -> rows.Row:
+    """Of the output the largest, relative to the truth's scale; where there are gradients, of those instead: the
+    median over what gets one, and the worst.
 
     Boxes are in [0, 1] and stay as they are. A gradient's error is that of its norm, over its norm or a thousandth of
     the largest gradient's: that of a key bias is zero analytically.
     """
     if not truth[1]:
         scale = 1.0 if case.kind in ("decoder", "model") else truth[0].abs().max().item()
-        return ((ours[0] - truth[0]).abs().max() / scale).item()
-    largest = max(g.norm().item() for g in truth[1].values() if g is not None)
-    worst = 0.0
-    for name, exact in truth[1].items():
-        if exact is None:
-            continue
+        return {"error": ((ours[0] - truth[0]).abs().max() / scale).item()}
+    exact = {name: x for name, x in truth[1].items() if x is not None}
+    largest = max(x.norm().item() for x in exact.values())
+    errors = []
+    for name, x in exact.items():
         found = ours[1][name]
-        difference = exact if found is None else found.double() - exact
-        worst = max(worst, difference.norm().item() / max(exact.norm().item(), 1e-3 * largest))
-    return worst
+        difference = x if found is None else found.double() - x
+        errors.append(difference.norm().item() / max(x.norm().item(), 1e-3 * largest))
+    every = torch.tensor(errors, dtype=torch.float64)  # whose median and maximum are NaN if one is
+    return {"error": every.median().item(), "worst_error": every.max().item()}
+
+
+def _accurate(case: Case, found: rows.Row, peer: rows.Row) -> bool:
+    """The gate: the error, and that of the worst gradient where there are any."""
+    good = rows.accurate(found.get("error"), peer.get("error"), case.dtype)
+    if "worst_error" not in found:
+        return good
+    flip = rows.RELU_FLIP if case.kind in _WITH_RELU else 0.0
+    return good and rows.accurate(found["worst_error"], peer.get("worst_error"), case.dtype, flip)
 
 
 def _fill_rows(
@@ -223,12 +234,11 @@ def _fill_rows(
 ) -> None:
     place = rows.where(device)
     floor = floor_ms(case.kind, case.mode, case.shape, case.dtype, place["device"], case.size)
-    peer = facts.get(work.baseline, {}).get("error")
+    peer = facts.get(work.baseline, {})
     baseline = result.times.get(work.baseline)
     ms = 1e3 / HOST_CALLS if case.mode == "host" else 1e3
     for name, known in facts.items():
-        error = known["error"]
-        good = rows.accurate(error, peer, case.dtype)
+        good = _accurate(case, known, peer)
         timed: rows.Row = {}
         if (times := result.times.get(name)) is not None:
             p20, p50, p80 = (times.quantile(q) * ms for q in (0.2, 0.5, 0.8))
@@ -254,7 +264,7 @@ def _fill_rows(
                 "dtype": case.dtype,
                 **timed,
                 **known,
-                "peer_error": peer,
+                "peer_error": peer.get("error"),
                 "accurate": good,
                 **place,
             }

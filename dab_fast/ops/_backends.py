@@ -51,8 +51,16 @@ _environment_wins = VARIABLE in os.environ
 class backend:
     """Chooses the backend of every op in this process: `backend("triton")`, or for a while: `with backend("triton"):`.
 
+    "auto" takes, per op, the best backend that can run its tensors; another one never falls back.
+
     Args:
         name: "auto", "torch", "triton" or "native". Without effect where DAB_FAST_BACKEND is set.
+
+    Returns:
+        What as a context manager puts the choice before it back; a call alone leaves the new one in force.
+
+    Raises:
+        ValueError: `name` is none of these.
     """
 
     def __init__(self, name: str) -> None:

@@ -19,7 +19,24 @@ def sine_embed(
     temperature: float = 10000.0,
     order: str = "yxwh",
 ) -> Tensor:  # [..., n * num_feats]
-    """sin and cos of 2*pi*c / temperature^(2*floor(i/2) / num_feats) for every coordinate c and feature i."""
+    """sin (i even) and cos (i odd) of 2*pi*c / temperature^(2*floor(i/2) / num_feats), for coordinate c and feature i.
+
+    Args:
+        coordinates: Tensor[..., n] in (0, 1), normalized by the image's sides; n >= 2 for order "yxwh".
+        num_feats: features per coordinate, even; DAB-DETR has d_model / 2.
+        temperature: positive; 10000 for anchors, 20 for the memory's positions in DAB-DETR.
+        order: "yxwh" puts the features of the second coordinate first, "xywh" keeps the coordinates' order.
+
+    Returns:
+        Tensor[..., n * num_feats] in [-1, 1], in the dtype of `coordinates`.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is said here.
+        BackendUnavailable: the backend chosen by name cannot run this.
+
+    Follows `gen_sineembed_for_position` of IDEA-Research/DAB-DETR (models/DAB_DETR/transformer.py). dab_fast's kernels
+    compute in float32 at least, and give the same bits from run to run.
+    """
     _check_embedding("coordinates", coordinates, num_feats, order)
     temperature = _library.constant(temperature)
     backend = _backends.select("box_position_embed", coordinates, _LIMITS, coordinates.dtype, num_feats, (coordinates,))
@@ -41,7 +58,30 @@ def box_position_embed(
     order: str = "yxwh",
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:  # [..., n * num_feats], [..., 2 * num_feats]
-    """The sine embedding g of `boxes`, and g's center half times `scale` times sigmoid(ref_size_logits) / (w, h)."""
+    """The sine embedding g of `boxes`, and g's center half times `scale` times sigmoid(ref_size_logits) / (w, h).
+
+    Args:
+        boxes: Tensor[..., 2 or 4] in (0, 1): cx, cy(, w, h), normalized by the image's sides. w and h have no epsilon.
+        scale: Tensor[..., 2 * num_feats], [..., 1], [2 * num_feats] or [1], content-dependent; None is 1.
+        ref_size_logits: Tensor[..., 2], of the reference width and height: the width's ratio multiplies the x features,
+            the height's the y features. None leaves the modulation out; it needs boxes of 4.
+        num_feats: features per coordinate, even; DAB-DETR has d_model / 2.
+        temperature: of the sine embedding, positive.
+        order: of the features: "yxwh" as DAB-DETR, or "xywh".
+        dtype: of the results; None is that of `boxes`.
+
+    Returns:
+        g, Tensor[..., 2 or 4 * num_feats], and the query's sine embedding, Tensor[..., 2 * num_feats]. What float16
+        cannot hold, from tiny boxes, becomes its largest number.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is said here.
+        BackendUnavailable: the backend chosen by name cannot run this.
+
+    Follows equations 5 and 6 of DAB-DETR (arXiv 2201.12329) and models/DAB_DETR/transformer.py of
+    IDEA-Research/DAB-DETR. Computed in float32 at least whatever the dtypes; dab_fast's kernels give the same bits from
+    run to run.
+    """
     _check_embedding("boxes", boxes, num_feats, order)
     temperature = _library.constant(temperature)
     if boxes.shape[-1] not in (2, 4):

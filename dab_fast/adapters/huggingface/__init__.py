@@ -48,12 +48,18 @@ def canonical_name(name: str) -> str:
 
 
 def fast_class(module: nn.Module) -> type[Fast] | None:
-    return _fast_classes().get(type(module)) if is_theirs(module) else None
+    if not is_theirs(module) or why_not(module) is not None:
+        return None
+    return _fast_classes().get(type(module))
 
 
 def why_not(module: nn.Module) -> str | None:
-    if is_theirs(module) and isinstance(module, tuple(_fast_classes())):
+    if not is_theirs(module) or not isinstance(module, tuple(_fast_classes())):
+        return None
+    if type(module) not in _fast_classes():
         return f"{type(module).__qualname__} is a subclass, which may compute something else"
+    if "forward" in vars(module):
+        return "its forward is patched"
     return None
 
 

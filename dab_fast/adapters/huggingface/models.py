@@ -14,7 +14,7 @@ from transformers.activations import GELUActivation, SiLUActivation
 from transformers.models.dab_detr import modeling_dab_detr as original
 
 from dab_fast import reference
-from dab_fast.adapters._fast import Fast
+from dab_fast.adapters._fast import DropoutRates, Fast
 from dab_fast.adapters.huggingface import INVERSE_SIGMOID_EPS, canonical_name
 from dab_fast.config import Activation, DecoderConfig
 from dab_fast.decode import decode, predict_boxes
@@ -106,13 +106,13 @@ class DabDetrDecoder(Fast, original.DabDetrDecoder):
     def _read(self) -> tuple[dict[str, Tensor], DecoderConfig]:
         params = gather(self, _is_container, canonical_name)
         first: Any = self.layers[0]
-        rates = (0.0, 0.0, 0.0)
+        rates = DropoutRates()
         if self.training:
             every = {_dropout_rates(layer) for layer in self.layers}
             if len(every) > 1:
                 raise StepAside(f"the layers' dropout rates differ: {sorted(every)}")
             rates = every.pop()
-        config = _config(
+        config = DecoderConfig(
             d_model=self.hidden_size,
             nhead=first.cross_attn.decoder_attention_heads,
             num_layers=len(self.layers),
@@ -121,7 +121,8 @@ class DabDetrDecoder(Fast, original.DabDetrDecoder):
             keep_query_pos=first.cross_attn.keep_query_pos,
             bbox_embed=None if self.bbox_embed is None else "shared",
             activation=_activation(first.mlp.activation_fn),
-            rates=rates,
+            inverse_sigmoid_eps=INVERSE_SIGMOID_EPS,
+            **rates._asdict(),
         )
         return params, config
 
@@ -144,14 +145,7 @@ class DabDetrModel(Fast, original.DabDetrModel):
     ) -> Any:
         """The original's arguments and results. Without padding no mask is made, and the decoder learns h and w."""
         try:
-            if not (self.config.return_dict if return_dict is None else return_dict):
-                raise StepAside("return_dict=False")
-            if output_attentions or (output_attentions is None and self.config.output_attentions):
-                raise StepAside("output_attentions: the fast attention has no score matrix")
-            if encoder_outputs is not None:
-                raise StepAside("encoder_outputs is given")
-            if not isinstance(self.decoder, DabDetrDecoder):
-                raise StepAside(f"the decoder is a {type(self.decoder).__module__}.{type(self.decoder).__qualname__}")
+            _check_served(self, encoder_outputs, output_attentions, return_dict)
         except StepAside as reason:
             self.dab_fast_step_aside(reason)
             return super().forward(
@@ -168,34 +162,29 @@ class DabDetrModel(Fast, original.DabDetrModel):
             )
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        batch, _, height, width = pixel_values.shape
         unpadded = pixel_mask is None or _is_all_valid(pixel_mask)
-        if pixel_mask is None:
-            pixel_mask = pixel_values.new_ones((batch, height, width), dtype=torch.float32)
-        features, positions = self.backbone(pixel_values, pixel_mask)
-        feature_map, mask = features[-1]
-        pos = positions[-1].flatten(2).transpose(1, 2)
-        mask = None if unpadded else mask.flatten(1)
+        feature_map, mask, pos = _features(self, pixel_values, pixel_mask)
         encoded = self.encoder(
             inputs_embeds=self.input_projection(feature_map).flatten(2).transpose(1, 2),
-            attention_mask=mask,
+            attention_mask=None if unpadded else mask,
             object_queries=pos,
             output_attentions=False,
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
+        memory = encoded.last_hidden_state
         content, anchors = reference.initial_queries(
             self.query_refpoint_embeddings.weight,
             self.patterns.weight if self.num_patterns > 0 else None,
-            batch,
+            memory.shape[0],
             self.hidden_size,
         )
         decoded = self.decoder(
             inputs_embeds=content,
             query_position_embeddings=anchors,
             object_queries=pos[:1] if unpadded else pos,
-            encoder_hidden_states=encoded.last_hidden_state,
-            memory_key_padding_mask=mask,
+            encoder_hidden_states=memory,
+            memory_key_padding_mask=None if unpadded else mask,
             output_attentions=False,
             output_hidden_states=output_hidden_states,
             return_dict=True,
@@ -204,7 +193,7 @@ class DabDetrModel(Fast, original.DabDetrModel):
         return original.DabDetrModelOutput(
             last_hidden_state=decoded.last_hidden_state,
             decoder_hidden_states=decoded.hidden_states,
-            encoder_last_hidden_state=encoded.last_hidden_state if output_hidden_states else None,
+            encoder_last_hidden_state=memory if output_hidden_states else None,
             encoder_hidden_states=encoded.hidden_states,
             intermediate_hidden_states=decoded.intermediate_hidden_states,
             reference_points=decoded.reference_points,
@@ -228,7 +217,7 @@ class DabDetrForObjectDetection(Fast, original.DabDetrForObjectDetection):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The original's arguments and results. Only the boxes that are returned or enter the loss are computed."""
+        """The original's arguments and results. Without labels only the last layer's boxes are computed."""
         inputs = {
             "decoder_attention_mask": decoder_attention_mask,
             "encoder_outputs": encoder_outputs,
@@ -246,22 +235,26 @@ class DabDetrForObjectDetection(Fast, original.DabDetrForObjectDetection):
             return super().forward(pixel_values, pixel_mask, labels=labels, return_dict=return_dict, **inputs, **kwargs)
         outputs = self.model(pixel_values, pixel_mask, return_dict=True, **inputs)
         hidden_states, reference_points = outputs.intermediate_hidden_states, outputs.reference_points
-        every_layer = labels is not None and self.config.auxiliary_loss
-        if not every_layer:
-            hidden_states, reference_points = hidden_states[-1:], reference_points[-1:]
-        config = _config(d_model=self.config.hidden_size, query_dim=self.query_dim)
-        boxes = predict_boxes(params, config, hidden_states, reference_points)
-        classes = self.class_embed(hidden_states)
+        logits = self.class_embed(hidden_states[-1])
+        needed = slice(-1 if labels is None else None, None)  # layers
+        config = DecoderConfig(
+            d_model=self.config.hidden_size,
+            nhead=self.config.decoder_attention_heads,
+            query_dim=self.query_dim,
+            inverse_sigmoid_eps=INVERSE_SIGMOID_EPS,
+        )
+        boxes = predict_boxes(params, config, hidden_states[needed], reference_points[needed])
 
         loss = loss_dict = auxiliary_outputs = None
         if labels is not None:
+            classes = self.class_embed(hidden_states) if self.config.auxiliary_loss else None
             loss, loss_dict, auxiliary_outputs = self.loss_function(
-                classes[-1], labels, self.device, boxes[-1], self.config, classes if every_layer else None, boxes
+                logits, labels, self.device, boxes[-1], self.config, classes, boxes
             )
         return original.DabDetrObjectDetectionOutput(
             loss=loss,
             loss_dict=loss_dict,
-            logits=classes[-1],
+            logits=logits,
             pred_boxes=boxes[-1],
             auxiliary_outputs=auxiliary_outputs,
             **{
@@ -284,24 +277,13 @@ for _class in (DabDetrDecoder, DabDetrModel, DabDetrForObjectDetection):
     _class.__doc__ = f"Hugging Face's {_class.__name__} with the forward of dab_fast."
 
 
-def _config(rates: tuple[float, float, float] = (0.0, 0.0, 0.0), **fields: Any) -> DecoderConfig:
-    dropout, attention_dropout, activation_dropout = rates
-    return DecoderConfig(
-        inverse_sigmoid_eps=INVERSE_SIGMOID_EPS,
-        dropout=dropout,
-        attention_dropout=attention_dropout,
-        activation_dropout=activation_dropout,
-        **fields,
-    )
-
-
-def _dropout_rates(layer: Any) -> tuple[float, float, float]:
+def _dropout_rates(layer: Any) -> DropoutRates:
     attentions, ffn = (layer.self_attn, layer.cross_attn), layer.mlp
     rates = {block.dropout for block in (*attentions, ffn)}
     attention_rates = {layer.self_attn.self_attn.attention_dropout, layer.cross_attn.cross_attn.attention_dropout}
     if len(rates) > 1 or len(attention_rates) > 1:
         raise StepAside(f"dropout rates inside a layer differ: {sorted(rates)}, attention {sorted(attention_rates)}")
-    return rates.pop(), attention_rates.pop(), ffn.activation_dropout
+    return DropoutRates(rates.pop(), attention_rates.pop(), ffn.activation_dropout)
 
 
 def _activation(module: nn.Module) -> Activation:
@@ -329,6 +311,34 @@ def _box_head(model: nn.Module) -> dict[str, Tensor]:
     return gather(model, _is_container, rename)
 
 
+def _check_served(model: Any, encoder_outputs: Any, output_attentions: bool | None, return_dict: bool | None) -> None:
+    """Raise StepAside where the fast model cannot serve a call."""
+    if not (model.config.return_dict if return_dict is None else return_dict):
+        raise StepAside("return_dict=False")
+    if output_attentions or (output_attentions is None and model.config.output_attentions):
+        raise StepAside("output_attentions: the fast attention has no score matrix")
+    if encoder_outputs is not None:
+        raise StepAside("encoder_outputs is given")
+    if not isinstance(model.decoder, DabDetrDecoder):
+        raise StepAside(f"the decoder is a {type(model.decoder).__module__}.{type(model.decoder).__qualname__}")
+    if "forward" in vars(model.decoder):  # it may know neither `spatial_shape` nor positions of batch 1
+        raise StepAside("the decoder's forward is patched")
+
+
+def _features(
+    model: Any,
+    pixel_values: Tensor,  # [B, 3, height, width]
+    pixel_mask: Tensor | None,  # [B, height, width], 1 = valid
+) -> tuple[Tensor, Tensor, Tensor]:  # [B, C, h, w]; its mask [B, S], 1 = valid; the tokens' positions [B, S, D]
+    if pixel_mask is None:
+        batch, _, height, width = pixel_values.shape
+        pixel_mask = pixel_values.new_ones((batch, height, width), dtype=torch.float32)
+    features, positions = model.backbone(pixel_values, pixel_mask)
+    feature_map, mask = features[-1]
+    return feature_map, mask.flatten(1), positions[-1].flatten(2).transpose(1, 2)
+
+
 def _is_all_valid(mask: Tensor) -> bool:
     """Whether nothing is padded, where asking is free: on the CPU, and not while tracing."""
-    return mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all())
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return mask.device.type == "cpu" and not tracing and bool(mask.all())
