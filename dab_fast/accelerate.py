@@ -43,8 +43,8 @@ def accelerate(model: nn.Module, *, recompute: bool = False) -> Report:
     original one. Boxes are float32 at least whatever the dtype of the content; dab_fast's own kernels give the same
     bits from run to run. `torch.save` of a model that is accelerated writes a pickle that needs dab_fast to load.
 
-    The first derivative in reverse mode is all there is: a second one (`create_graph=True`, gradient penalties) and
-    forward mode (`torch.func.jvp`) raise. `restore` the model before them.
+    A second derivative (`create_graph=True`, gradient penalties) raises: `restore` the model before one. Forward mode
+    and `torch.func` run in plain PyTorch.
 
     Args:
         model: a Hugging Face `DabDetrForObjectDetection`, `DabDetrModel` or `DabDetrDecoder`, a `TransformerDecoder`

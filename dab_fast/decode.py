@@ -95,7 +95,7 @@ def decode(
         if config.bbox_embed is not None and layer < config.num_layers - 1:
             if refine_later:
                 with torch.no_grad():
-                    anchors = refine(x, anchors, layer)
+                    anchors = refine(x, anchors, layer).detach()  # of forward-mode tangents, too
                 references.append(anchors)
             else:
                 references.append(refine(x, anchors, layer))

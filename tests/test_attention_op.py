@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dab_fast import ops, reference
+from dab_fast.ops._plain_attention import _blocks
 
 NAMES = ("q_content", "q_pos", "k_content", "k_pos", "v")
 
@@ -61,6 +62,20 @@ def test_huge_logits(backend):
     else:
         d_out = torch.linspace(-1, 1, out.numel()).view_as(out)
         assert (d_v.abs() <= d_out.abs().sum(1, keepdim=True) * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("masks", ((), ("key_padding_mask",), ("attn_mask",), ("key_padding_mask", "attn_mask")))
+def test_plain_backward_in_several_blocks(masks):
+    """More scores than are computed at once: some heads of one image at a time."""
+    tensors = inputs(Q=300, S=1050, H=8, shared_k_pos=True)
+    hide = {"key_padding_mask": torch.rand(2, 1050) < 0.3, "attn_mask": torch.rand(16, 300, 1050) < 0.3}
+    given = {name: hide[name] for name in masks}
+    assert len(list(_blocks(2, 8, 300 * 1050, "cpu"))) == 4
+    with ops.backend("torch"):
+        actual = results(ops.modulated_cross_attention, tensors, **given)
+    expected = results(reference.modulated_cross_attention, tensors, **given)
+    for got, want in zip(actual, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=2e-5 * want.abs().max().item())  # sums of 1050 numbers
 
 
 @pytest.mark.parametrize("backend", ("torch", "triton"))

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dab_fast import reference
 from dab_fast.kernels.configs import WIDEST_HEAD
 from dab_fast.ops import _backends, _library
 from dab_fast.ops._checks import check_tensor
+from dab_fast.ops._plain_attention import attend
 
 
 def modulated_cross_attention(
@@ -82,18 +80,38 @@ def modulated_cross_attention(
     dtypes = [reference.compute_dtype(x) if autocast else x.dtype for x in given]
     widest = max(x.shape[-1] for x in given)
     backend = _backends.select("modulated_cross_attention", q_content, _LIMITS, dtypes, widest, scale)
-    if backend == "torch":
-        return composition(q_content, q_pos, k_content, k_pos, v, key_padding_mask, attn_mask, scale, dropout_p)
     if scale is None:
         scale = 1 / math.sqrt(d + (0 if q_pos is None else q_pos.shape[-1]))
+    dtype = dtypes[0]
+    if backend == "torch" and (
+        dropout_p > 0
+        or s == 0
+        or v.device.type not in ("cpu", "cuda")
+        or any(x != dtype for x in dtypes)
+        or _backends.transformed()
+    ):
+        return reference.modulated_cross_attention(
+            q_content,
+            q_pos,
+            k_content,
+            k_pos,
+            v,
+            key_padding_mask=key_padding_mask,
+            attn_mask=attn_mask,
+            scale=scale,
+            dropout_p=dropout_p,
+        )
+    grad = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    casted = (x if x is None or x.dtype == dtype else reference.saturate(x, dtype) for x in tensors)
+    inputs: Any = (*casted, key_padding_mask, attn_mask)
+    if backend == "torch":
+        return attend(*inputs, scale=scale, grad=grad)
     rng = None
     if dropout_p > 0:
         # On the device, from its default generator: seeding, checkpointing and CUDA-graph replays see it.
         rng = torch.randint(-(2**63), 2**63 - 1, (2,), device=q_content.device)
-    dtype = dtypes[0]
-    casted = [x if x is None or x.dtype == dtype else reference.saturate(x, dtype) for x in tensors]
-    args = (*casted, key_padding_mask, attn_mask, rng, scale, dropout_p, backend)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+    args = (*inputs, rng, scale, dropout_p, backend)
+    if grad:
         return _ModulatedCrossAttention.apply(*args)
     return _library.modulated_cross_attention(*args)[0]
 
@@ -129,104 +147,6 @@ class _ModulatedCrossAttention(torch.autograd.Function):
             _library.modulated_cross_attention_backward(d_out, *ctx.saved_tensors, *ctx.options, *needs, ctx.backend)
         )
         return (*(next(found) if need else None for need in needs), *(None,) * 6)
-
-
-def composition(
-    q_content: Tensor,
-    q_pos: Tensor | None,
-    k_content: Tensor,
-    k_pos: Tensor | None,
-    v: Tensor,
-    key_padding_mask: Tensor | None,
-    attn_mask: Tensor | None,
-    scale: float | None,
-    dropout_p: float,
-) -> Tensor:
-    """The specification on PyTorch's fused attention, where that is right; else the specification itself.
-
-    The fused CPU kernel wants v as wide as q and k: padding v there takes half the time of materialised scores
-    (S = 4200: 17 ms against 33 ms on two cores, concatenating the two parts included) and saves no score matrix.
-    Its backward is wrong where logits are huge, see `_fused_backward_is_right`.
-    On CUDA the memory-efficient kernel takes unequal widths; its backward is not deterministic, so it serves inference.
-    """
-    given = [x for x in (q_content, q_pos, k_content, k_pos, v) if x is not None]
-    on_cpu = v.device.type == "cpu"
-    grad = torch.is_grad_enabled() and any(x.requires_grad for x in given)
-    same_dtype = torch.is_autocast_enabled(v.device.type) or all(x.dtype == v.dtype for x in given)
-    if (
-        dropout_p > 0
-        or not v.shape[1]
-        or not same_dtype
-        or not (on_cpu or (v.device.type == "cuda" and not grad))
-        or (grad and not _fused_backward_is_right(q_content, q_pos, k_content, k_pos, scale))
-    ):
-        return reference.modulated_cross_attention(
-            q_content,
-            q_pos,
-            k_content,
-            k_pos,
-            v,
-            key_padding_mask=key_padding_mask,
-            attn_mask=attn_mask,
-            scale=scale,
-            dropout_p=dropout_p,
-        )
-    b, _, h, _ = q_content.shape
-    d_v = v.shape[-1]
-    if q_pos is not None and k_pos is not None:
-        q_content = torch.cat((q_content, q_pos), -1)
-        k_content = torch.cat((k_content, k_pos.expand(b, -1, -1, -1)), -1)
-        if on_cpu:
-            v = F.pad(v, (0, max(0, q_content.shape[-1] - d_v)))
-    visible = blind = None
-    if key_padding_mask is not None:
-        visible = ~key_padding_mask[:, None, None, :]
-    if attn_mask is not None:
-        mask = ~(attn_mask.unflatten(0, (b, h)) if attn_mask.dim() == 3 else attn_mask)
-        visible = mask if visible is None else visible & mask
-    if visible is not None:
-        blind = ~visible.any(-1, keepdim=True)
-        visible = visible | blind
-    with nullcontext() if on_cpu else sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-        attended = F.scaled_dot_product_attention(
-            q_content.transpose(1, 2), k_content.transpose(1, 2), v.transpose(1, 2), attn_mask=visible, scale=scale
-        )
-    if blind is not None:
-        attended = attended.masked_fill(blind, 0)
-    return attended.transpose(1, 2)[..., :d_v]
-
-
-def _fused_backward_is_right(
-    q_content: Tensor,  # [B, Q, H, d]
-    q_pos: Tensor | None,  # [B, Q, H, d_pos]
-    k_content: Tensor,  # [B, S, H, d]
-    k_pos: Tensor | None,  # [B or 1, S, H, d_pos]
-    scale: float | None,
-) -> bool:
-    """Whether the logits are small enough for the backward of PyTorch's fused CPU attention.
-
-    It computes the weights again as exp(logit - log-sum-exp), and what those two lost to rounding comes back as a
-    factor. Measured on dv (torch 2.13): an error of 2e-3 at logits of 1e4, of 1e13 at 1e8, NaN at 1e10; a box as narrow
-    as 1e-6 makes such. The bound is loose, some 30 times the largest logit of normal random numbers, so this begins to
-    say no at logits of a hundred or so, and no later than at 4096.
-    """
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
-        return True
-    if torch.compiler.is_compiling():
-        return False  # it depends on the numbers
-    if not q_content.numel():
-        return True
-    bound = 0.0
-    for q, k in ((q_content, k_content), (q_pos, k_pos)):
-        if q is not None and k is not None:
-            bound += q.shape[-1] * _largest(q) * _largest(k)
-    width = q_content.shape[-1] + (0 if q_pos is None else q_pos.shape[-1])
-    return bound * (1 / math.sqrt(width) if scale is None else abs(scale)) <= 4096
-
-
-def _largest(x: Tensor) -> float:
-    low, high = torch.aminmax(x.detach())
-    return max(-low.item(), high.item())
 
 
 def _triton_limits(dtypes: list[torch.dtype], widest: int, scale: float | None) -> str | None:
