@@ -11,16 +11,21 @@ from dab_fast.ops._plain_attention import _blocks
 NAMES = ("q_content", "q_pos", "k_content", "k_pos", "v")
 
 
-def inputs(B=2, Q=9, S=20, H=2, d=16, d_v=32, dtype=torch.float32, shared_k_pos=False) -> dict[str, Tensor]:
+DEVICES = pytest.mark.parametrize("device", ("cpu", pytest.param("cuda", marks=pytest.mark.gpu)))
+
+
+def inputs(
+    B=2, Q=9, S=20, H=2, d=16, d_v=32, dtype=torch.float32, shared_k_pos=False, device="cpu"
+) -> dict[str, Tensor]:
     shapes = ((B, Q, H, d), (B, Q, H, d), (B, S, H, d), (1 if shared_k_pos else B, S, H, d), (B, S, H, d_v))
-    return {name: torch.randn(shape).to(dtype) for name, shape in zip(NAMES, shapes, strict=True)}
+    return {name: torch.randn(shape).to(device, dtype) for name, shape in zip(NAMES, shapes, strict=True)}
 
 
 def results(function, tensors: dict[str, Tensor], **options) -> list[Tensor]:
     """The output, and the gradient of every tensor."""
     leaves = {name: x.detach().clone().requires_grad_() for name, x in tensors.items()}
     out = function(**leaves, **options)
-    weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float32).view_as(out)
+    weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float32, device=out.device).view_as(out)
     return [out.detach(), *torch.autograd.grad((out * weights).sum(), list(leaves.values()))]
 
 
@@ -42,14 +47,15 @@ def test_it_is_the_composition_of_plain_pytorch():
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
+@DEVICES
 @pytest.mark.parametrize("backend", ("torch", "triton"))
-def test_huge_logits(backend):
+def test_huge_logits(backend, device):
     """A box 1e-10 wide makes such logits. Each query then sees one key, and its weight is 1 and constant.
 
     The dots of the two passes may be rounded differently there (in the interpreter they are), so a kernel that computes
     weights again may find less than the whole weight, but never more.
     """
-    tensors = inputs(S=65, d=32)
+    tensors = inputs(S=65, d=32, device=device)
     tensors["q_pos"] *= 1e10
     exact = results(reference.modulated_cross_attention, {name: x.double() for name, x in tensors.items()})
     with ops.backend(backend):
@@ -60,7 +66,7 @@ def test_huge_logits(backend):
     if backend == "torch":
         torch.testing.assert_close(d_v, exact[-1], rtol=0, atol=1e-6)
     else:
-        d_out = torch.linspace(-1, 1, out.numel()).view_as(out)
+        d_out = torch.linspace(-1, 1, out.numel(), device=device).view_as(out)
         assert (d_v.abs() <= d_out.abs().sum(1, keepdim=True) * (1 + 1e-6)).all()
 
 
@@ -78,10 +84,11 @@ def test_plain_backward_in_several_blocks(masks):
         torch.testing.assert_close(got, want, rtol=0, atol=2e-5 * want.abs().max().item())  # sums of 1050 numbers
 
 
+@DEVICES
 @pytest.mark.parametrize("backend", ("torch", "triton"))
-def test_large_logits_are_as_accurate_as_any(backend):
+def test_large_logits_are_as_accurate_as_any(backend, device):
     """Logits of some hundreds: a log-sum-exp in one float32 would leave 1e-5 of each weight to its rounding."""
-    tensors = inputs(S=65, d=32)
+    tensors = inputs(S=65, d=32, device=device)
     tensors["q_pos"] *= 100
     exact = results(reference.modulated_cross_attention, {name: x.double() for name, x in tensors.items()})
     own = results(reference.modulated_cross_attention, tensors)
