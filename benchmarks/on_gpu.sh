@@ -99,7 +99,12 @@ if wanted tests; then
         stage "tests (collected)" 60 "$python" -m pytest tests -m gpu --collect-only -q -p no:cacheprovider
     else
         stage "selftest" 60 "$python" -c 'from dab_fast.cli import main; main()' selftest --device cuda
-        stage "tests" 100 "$python" -m pytest tests -m gpu -q -p no:cacheprovider -n 4 --maxfail=30
+        # Many kernels are compiled, which takes the time of the host: more than everything else's first look at them.
+        report="$(mktemp)"
+        stage "tests" "$([ "$only" = tests ] && echo 430 || echo 150)" \
+            "$python" -m pytest tests -m gpu -q -p no:cacheprovider -n 12 --junitxml="$report"
+        stage "validate" 20 bash -c "'$python' -m benchmarks.validate '$report' >'$out/validated.json'"
+        rm -f "$report"
     fi
 fi
 wanted decoder && bench "decoder" 110 "decoder and not compile"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import counts, roofline
+from benchmarks import counts, roofline, validate
 from dab_fast import ops
 from dab_fast.bench import bench, hardware, rows
 from dab_fast.bench import cases as cases_
@@ -23,6 +24,7 @@ from dab_fast.bench.counting import METRICS, decoder_counts
 from dab_fast.bench.providers import PROVIDERS
 from dab_fast.bench.roofline import decoder_stages, floor_ms, floor_seconds
 from dab_fast.bench.workloads import ONE_IMAGE, TINY, WORKLOADS, Decoder, Shape
+from dab_fast.ops import _backends
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -315,6 +317,35 @@ def test_dry_run_measures_and_gates(dry_run):
     timed = [row for row in found if row["provider"] == "torch"]
     assert timed and all(float(row["p50_ms"]) > 0 and float(row["speedup"]) > 0 for row in timed)
     assert "rows added to" in (out / "log.txt").read_text()
+
+
+REPORT = """
+<testsuites><testsuite>
+<testcase classname="tests.test_box_position_embed" name="a" />
+<testcase classname="tests.test_box_position_embed" name="b"><skipped /></testcase>
+<testcase classname="tests.test_refine_boxes" name="a" />
+<testcase classname="tests.test_refine_boxes" name="b"><failure /></testcase>
+<testcase classname="tests.test_native" name="a"><skipped /></testcase>
+<testcase classname="tests.test_triton_decoder" name="a" />
+</testsuite></testsuites>
+"""
+
+
+def test_only_what_passed_is_validated(tmp_path):
+    report = tmp_path / "tests.xml"
+    report.write_text(REPORT)
+    where = dict.fromkeys(("device", "driver", "torch", "triton", "commit", "date"), "x")
+    found = validate.validated(report, ["triton", "native"], where)
+    assert found == {"box_position_embed": {"triton": {**where, "tests": 2}}}
+    report.write_text(REPORT.replace('decoder" name="a" />', 'decoder" name="a"><error /></testcase>'))
+    assert validate.validated(report, ["triton", "native"], where) == {}
+
+
+def test_every_kernel_has_its_proof():
+    for op, backend in validate.PROOFS:
+        assert importlib.util.find_spec(f"{_backends.PACKAGES[backend]}.{op}"), (op, backend)
+    for files in validate.PROOFS.values():
+        assert all((ROOT / "tests" / f"{file}.py").exists() for file in files)
 
 
 @pytest.mark.sweep

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -104,6 +104,14 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_forward_and_gradients(case):
     check(case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", (torch.float32, *HALVES))
+@pytest.mark.parametrize("case", [*CASES, Case(lead=(32, 300), num_feats=128)], ids=str)
+def test_forward_and_gradients_on_a_gpu(case, dtype):
+    with torch.device("cuda"):
+        check(replace(case, dtype=dtype))
 
 
 @pytest.mark.sweep

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -113,6 +113,16 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_forward_and_gradients(case):
     check(case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ("ieee", "tf32"))
+@pytest.mark.parametrize("dtype", (torch.float32, *HALVES))
+@pytest.mark.parametrize("case", [*CASES, Case(lead=(6, 8, 300), d=256)], ids=str)
+def test_forward_and_gradients_on_a_gpu(case, dtype, precision, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", precision)
+    with torch.device("cuda"):
+        check(replace(case, dtype=dtype))
 
 
 @pytest.mark.sweep

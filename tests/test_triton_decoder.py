@@ -17,6 +17,7 @@ BOX_TOLERANCE = 5e-6
 FULL_SIZE = {"std": 0.03, "hidden_size": 256, "decoder_attention_heads": 8, "num_queries": 300, "decoder_layers": 6}
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(
     "config, size, padded",
     [
@@ -26,10 +27,11 @@ FULL_SIZE = {"std": 0.03, "hidden_size": 256, "decoder_attention_heads": 8, "num
     ],
     ids=["small", "padded_patterns", "full_size"],
 )
-def test_outputs_and_gradients(config, size, padded):
-    model = huggingface_model(**config).train()
+def test_outputs_and_gradients(config, size, padded, device):
+    model = huggingface_model(**config).train().to(device)
     fast = accelerated_copy(model)
-    inputs = images(2, *size, padded=padded) | {"labels": labels()}
+    inputs = {name: x.to(device) for name, x in images(2, *size, padded=padded).items()}
+    inputs["labels"] = [{name: x.to(device) for name, x in image.items()} for image in labels()]
     with ops.backend("triton"):
         counts = measure.count(lambda: fast.model(**inputs))
         ours = fast(**inputs)
