@@ -72,3 +72,48 @@ def test_compile_without_graph_breaks():
                 found = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
             gradients.append(dict(zip(params, found, strict=True)))
         assert_same_gradients(*gradients)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dropout", (0.0, 0.1))
+@pytest.mark.parametrize("backend", ("torch", "triton"))
+def test_cuda_graph_of_a_training_step(backend, dropout):
+    """Nothing waits for the host, and a replay reads the inputs, and draws the dropout, of its own time."""
+    model = DabDecoder(d_model=64, nhead=2, num_layers=2, dim_feedforward=96, attention_dropout=dropout)
+    perturb_(model)
+    params = list(model.cuda().train().parameters())
+
+    def draw() -> list[torch.Tensor]:
+        return [torch.randn(2, n, width, device="cuda") for n, width in ((9, 64), (35, 64), (35, 64), (9, 4))]
+
+    static = draw()
+
+    def step() -> list[torch.Tensor]:
+        out = model(*static)
+        loss = out.hidden_states.sin().sum() + out.reference_points.sum()
+        gradients = torch.autograd.grad(loss, params, allow_unused=True)
+        return [loss.detach(), *(x for x in gradients if x is not None)]
+
+    with ops.backend(backend):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        for x, fresh in zip(static, draw(), strict=True):
+            x.copy_(fresh)
+        expected = step()
+    graph.replay()
+    first = [x.clone() for x in captured]
+    graph.replay()
+    assert all(x.isfinite().all() for x in first)
+    if dropout:
+        assert not torch.equal(first[0], captured[0])
+        return
+    for once, again, eager in zip(first, captured, expected, strict=True):
+        assert torch.equal(once, again)
+        torch.testing.assert_close(once, eager, rtol=1e-4, atol=1e-4 * eager.abs().max().item())
