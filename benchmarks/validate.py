@@ -27,8 +27,8 @@ PROOFS = {
     ("modulated_cross_attention", "triton"): ("test_attention_kernel", "test_attention_op", "test_triton_decoder"),
     ("box_position_embed", "triton"): ("test_box_position_embed", "test_triton_decoder"),
     ("refine_boxes", "triton"): ("test_refine_boxes", "test_triton_decoder"),
-    ("box_position_embed", "native"): ("test_native",),
-    ("refine_boxes", "native"): ("test_native",),
+    ("box_position_embed", "native"): ("test_native", "test_native_calls"),
+    ("refine_boxes", "native"): ("test_native", "test_native_calls"),
 }
 
 

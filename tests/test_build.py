@@ -438,7 +438,7 @@ def test_cpu_part_under_a_sanitizer(sanitizer, library, fresh_python, source, tm
     shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
     # The runtime comes before everything else; its C++ library too, whose exceptions it intercepts.
     preload = f"{found}:{ctypes.util.find_library('stdc++')}"
-    options = ["-q", "-p", "no:cacheprovider", "-m", "not gpu", "tests/test_native.py"]
+    options = ["-q", "-p", "no:cacheprovider", "-m", "not gpu", "tests/test_native.py", "tests/test_native_calls.py"]
     code = f"import sys, pytest; sys.exit(pytest.main({options}))"
     done = run_with(folder, code, LD_PRELOAD=preload, ASAN_OPTIONS="detect_leaks=0")
     said = done.stdout + done.stderr
