@@ -22,8 +22,6 @@ from dab_fast.native import box_position_embed as native_embed
 from dab_fast.native import refine_boxes as native_refine
 from dab_fast.native._call import C
 
-CPU = torch.device("cpu")
-
 
 @pytest.fixture(params=["cpu", "cuda emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):

@@ -13,7 +13,7 @@ import torch
 
 from dab_fast import ops
 from dab_fast.ops import _backends
-from tests.test_native import CPU, C, Tail, native_embed, results_and_gradients, some_boxes
+from tests.test_native import C, Tail, native_embed, results_and_gradients, some_boxes
 
 
 def many():
@@ -123,7 +123,10 @@ def test_what_the_kernels_cannot_do_is_said():
         with pytest.raises(ops.BackendUnavailable, match="1, 2 or 4 coordinates, got 3"):
             ops.sine_embed(boxes[:, :3])
     assert C.MAX_FEATS == 512
-    assert _backends.why_not("native", "modulated_cross_attention", CPU) == "it has no modulated_cross_attention"
+    assert (
+        _backends.why_not("native", "modulated_cross_attention", torch.device("cpu"))
+        == "it has no modulated_cross_attention"
+    )
     assert _backends.why_not("native", "box_position_embed", torch.device("meta")).endswith("got meta")
 
 
