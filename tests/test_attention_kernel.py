@@ -97,10 +97,10 @@ class Problem:
 
     def run(self, case: Case, dropout_p: float = 0.0, rng: Tensor | None = None) -> dict[str, Tensor]:
         arguments = (*self.inputs.values(), self.key_padding_mask, self.attn_mask, rng)
-        out, stats = forward(*arguments, case.scale, dropout_p, case.config)
+        out, stats, *wide = forward(*arguments, case.scale, dropout_p, True, case.config)
         needs = [x is not None for x in self.inputs.values()]
         configs = (case.config, case.config)
-        gradients = backward(self.d_out, *arguments, out, stats, case.scale, dropout_p, *needs, *configs)
+        gradients = backward(self.d_out, *arguments, *wide or [out], stats, case.scale, dropout_p, *needs, *configs)
         results = {"out": out, "lse": log_sum_exp(stats, case.scale)}
         names = [name for name, need in zip(NAMES, needs, strict=True) if need]
         return results | {f"d_{name}": g for name, g in zip(names, gradients, strict=True)}
@@ -269,7 +269,7 @@ def test_one_gradient_alone_is_the_same(wanted):
     every = problem.run(case)
     arguments = (*problem.inputs.values(), problem.key_padding_mask, None, None)
     needs = [name == wanted for name in NAMES]
-    kept = forward(*arguments, case.scale, 0.0)
+    kept = forward(*arguments, case.scale, 0.0, True)
     (gradient,) = backward(problem.d_out, *arguments, *kept, case.scale, 0.0, *needs)
     assert torch.equal(gradient, every[f"d_{wanted}"])
 
@@ -308,8 +308,8 @@ def dropped_weights(problem: Problem, case: Case, rng: Tensor, dropout_p: float 
     eye = torch.eye(case.S).expand(case.B, case.H, -1, -1).transpose(1, 2).to(case.dtype)
     probe = replace(problem, inputs={**problem.inputs, "v": eye})
     arguments = (*probe.inputs.values(), None, None)
-    thinned, _ = forward(*arguments, rng, case.scale, dropout_p, case.config)
-    whole, _ = forward(*arguments, None, case.scale, 0.0, case.config)
+    (thinned,) = forward(*arguments, rng, case.scale, dropout_p, False, case.config)
+    (whole,) = forward(*arguments, None, case.scale, 0.0, False, case.config)
     return (thinned / whole).transpose(1, 2).double()
 
 

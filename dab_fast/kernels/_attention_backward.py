@@ -1,8 +1,9 @@
 """Attention whose logits are a sum of two dot products, backward.
 
 With P = 2^(a (z − m) − log2 l) recomputed from m and log2 l, which the forward kept (`_attention_forward` says what z,
-a, m and l are; two numbers, because their sum, the log-sum-exp, would lose l to the rounding of a large m),
-D = rowsum(d_out ∘ out) and R = dropout (0 where a weight was dropped, 1 / (1 − p) elsewhere, 1 without dropout),
+a, m and l are; two numbers, because their sum, the log-sum-exp, would lose l to the rounding of a large m), R = dropout
+(0 where a weight was dropped, 1 / (1 − p) elsewhere, 1 without dropout), and D = rowsum(d_out ∘ out) from out in fp32
+(where attention is sharp d_out · vᵀ − D cancels, and would leave what rounding out to half precision had lost),
 
     dv = (R ∘ P)ᵀ · d_out
     dz = P ∘ (R ∘ (d_out · vᵀ) − D)
@@ -41,7 +42,7 @@ def backward_query_kernel(
     p_padding,  # [B, S] or None, nonzero = padded
     p_hidden,  # [B·H, Q, S] or None, nonzero = hidden
     p_rng,  # [2] int64 or None: seed, offset
-    p_out,  # [B, Q, H, DV]
+    p_out,  # [B, Q, H, DV] in fp32
     p_stats,  # [2, B, H, Q]: m, log2 l
     p_d_out,  # [B, Q, H, DV]
     p_delta,  # [B, H, Q], written: D

@@ -6,7 +6,7 @@ Per image and head, with a = scale · log2(e) and the rows of one query block in
     m' = max(m, max z)                               online softmax over blocks of keys
     l' = l · 2^(a (m − m')) + Σ 2^(a (z − m'))
     o' = o · 2^(a (m − m')) + 2^(a (z − m')) · v     dropout thins the weights of this sum, not those of l
-    out = o / l                                      m and log2 l are kept for the backward
+    out = o / l                                      out in fp32, m and log2 l are kept for the backward
 
 The maximum is subtracted before the scale is multiplied in. a z − a m in one fused multiply-add saves an instruction,
 but leaves the rounding error of a m in the exponent: at logits of 1e10, which a box of width 1e-12 makes, 2^±500.
@@ -100,7 +100,8 @@ def forward_kernel(
     p_hidden,  # [B·H, Q, S] or None, nonzero = hidden
     p_rng,  # [2] int64 or None: seed, offset
     p_out,  # [splits, B, Q, H, DV]
-    p_stats,  # [splits, 2, B, H, Q]: m, log2 l
+    p_wide,  # the same in fp32, or None
+    p_stats,  # [splits, 2, B, H, Q]: m, log2 l; or None
     stride_qc_b,
     stride_qc_q,
     stride_qc_h,
@@ -196,11 +197,14 @@ def forward_kernel(
             b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out, input_precision=PRECISION)
 
     b_out = b_out * (tl.cast(dropout_scale, tl.float32) / tl.where(b_l == 0.0, 1.0, b_l))[:, None]
-    p_out += ((split.to(tl.int64) * (BH // H) + o_b) * Q * H + o_h) * DV
-    store_rows(p_out, q_start, Q, H * DV, b_out, BLOCK_Q, DV)
-    p_stats += (split.to(tl.int64) * 2 * BH + bh) * Q + o_q
-    tl.store(p_stats, b_m, mask=m_q)
-    tl.store(p_stats + BH.to(tl.int64) * Q, log_of_sum(b_l), mask=m_q)
+    o_out = ((split.to(tl.int64) * (BH // H) + o_b) * Q * H + o_h) * DV
+    store_rows(p_out + o_out, q_start, Q, H * DV, b_out, BLOCK_Q, DV)
+    if p_wide is not None:
+        store_rows(p_wide + o_out, q_start, Q, H * DV, b_out, BLOCK_Q, DV)
+    if p_stats is not None:
+        p_stats += (split.to(tl.int64) * 2 * BH + bh) * Q + o_q
+        tl.store(p_stats, b_m, mask=m_q)
+        tl.store(p_stats + BH.to(tl.int64) * Q, log_of_sum(b_l), mask=m_q)
 
 
 @triton.jit(do_not_specialize=UNALIGNED)
@@ -208,7 +212,8 @@ def combine_kernel(
     p_part_out,  # [SPLITS, B, Q, H, DV] fp32
     p_part_stats,  # [SPLITS, 2, B, H, Q]: m, log2 l
     p_out,  # [B, Q, H, DV]
-    p_stats,  # [2, B, H, Q]
+    p_wide,  # the same in fp32, or None
+    p_stats,  # [2, B, H, Q] or None
     BH,
     H,
     Q,
@@ -242,5 +247,8 @@ def combine_kernel(
         b_out += b_weight[:, None] * tl.load(p_part_out + split * stats_size * DV + o_out, mask=m_out, other=0.0)
     b_out = b_out / tl.where(b_l == 0.0, 1.0, b_l)[:, None]
     tl.store(p_out + o_out, b_out.to(p_out.dtype.element_ty), mask=m_out)
-    tl.store(p_stats + o_stats, b_m, mask=m_q)
-    tl.store(p_stats + stats_size + o_stats, log_of_sum(b_l), mask=m_q)
+    if p_wide is not None:
+        tl.store(p_wide + o_out, b_out, mask=m_out)
+    if p_stats is not None:
+        tl.store(p_stats + o_stats, b_m, mask=m_q)
+        tl.store(p_stats + stats_size + o_stats, log_of_sum(b_l), mask=m_q)

@@ -100,16 +100,22 @@ def forward(
     rng: Tensor | None,  # [2] int64, seed and offset of the dropout; None without dropout
     scale: float,
     dropout_p: float,
+    keep: bool,
     config: AttentionConfig | None = None,  # the default picks the tiles and the number of splits
-) -> tuple[Tensor, Tensor]:
-    """out [B, Q, H, DV] in the dtype of v, and what the backward needs of the softmax, [2, B, H, Q] in fp32."""
+) -> list[Tensor]:
+    """out [B, Q, H, DV] in the dtype of v. With `keep`, what the backward needs, in fp32: statistics of the softmax
+    [2, B, H, Q], and out again where v is not fp32."""
     B, Q, H, D = q_content.shape
     S, DV = v.shape[1], v.shape[3]
     DP = 0 if q_pos is None else q_pos.shape[3]
     out = v.new_empty(B, Q, H, DV)
-    stats = v.new_empty(2, B, H, Q, dtype=torch.float32)
+    stats = v.new_empty(2, B, H, Q, dtype=torch.float32) if keep else None
+    wide = out.new_empty(out.shape, dtype=torch.float32) if keep and v.dtype != torch.float32 else None
+    results = [x for x in (out, stats, wide) if x is not None]
     if out.numel() == 0 or S == 0:
-        return out.zero_(), stats.fill_(float("inf"))
+        for x in results:
+            x.fill_(float("inf") if x is stats else 0.0)
+        return results
 
     inputs, strides, mask_strides = kernel_inputs(q_content, q_pos, k_content, k_pos, v, key_padding_mask, attn_mask)
     arithmetic = dot_arithmetic(v.dtype)
@@ -122,17 +128,16 @@ def forward(
     # Whole blocks per split; rounding up may leave fewer splits with any keys than were asked for.
     split_size = cdiv(cdiv(S, config.block_s), splits) * config.block_s
     splits = cdiv(S, split_size)
-    part_out, part_stats = out, stats
+    parts = (out, wide, stats)
     if splits > 1:
         part_out = out.new_empty(splits, B, Q, H, DV, dtype=torch.float32)
-        part_stats = stats.new_empty(splits, 2, B, H, Q)
+        parts = (part_out, None, part_out.new_empty(splits, 2, B, H, Q))
 
     with on_device_of(v):
         forward_kernel[(cdiv(Q, config.block_q) * B * H, splits)](
             *inputs,
             rng,
-            part_out,
-            part_stats,
+            *parts,
             *strides,
             *mask_strides,
             B * H,
@@ -147,9 +152,9 @@ def forward(
         )
         if splits > 1:
             combine_kernel[(cdiv(Q, COMBINE_BLOCK_Q) * B * H,)](
-                part_out, part_stats, out, stats, B * H, H, Q, scale, **combine_options(DV, splits)
+                parts[0], parts[2], out, wide, stats, B * H, H, Q, scale, **combine_options(DV, splits)
             )
-    return out, stats
+    return results
 
 
 def backward(
@@ -162,7 +167,7 @@ def backward(
     key_padding_mask: Tensor | None,  # [B, S] bool, True = padded
     attn_mask: Tensor | None,  # [Q, S] or [B·H, Q, S] bool, True = hidden
     rng: Tensor | None,  # [2] int64, as given to the forward
-    out: Tensor,  # [B, Q, H, DV], of the forward
+    out: Tensor,  # [B, Q, H, DV] in fp32, of the forward
     stats: Tensor,  # [2, B, H, Q], of the forward
     scale: float,
     dropout_p: float,
@@ -271,7 +276,8 @@ def compile_cases() -> list[CompileCase]:
             **dict.fromkeys(("p_dk_content", "p_dv"), element),
             **dict.fromkeys(("p_q_pos", "p_k_pos", "p_dq_pos"), pos),
             **dict.fromkeys(("p_stats", "p_delta"), "fp32"),
-            "p_out": "fp32" if "split" in variant else element,
+            "p_out": "fp32" if "split" in variant or kernel == "query" else element,
+            "p_wide": "fp32" if arithmetic == "half" and "split" not in variant else None,
             "p_dk_pos": pos and "fp32",  # shared by the images
             "p_padding": "i1" if "padding" in variant else None,
             "p_hidden": "i1" if "hidden" in variant else None,
@@ -298,7 +304,13 @@ def compile_cases() -> list[CompileCase]:
         CompileCase(
             name=f"attention combine {width} {splits}",
             kernel=combine_kernel,
-            pointers={"p_part_out": "fp32", "p_part_stats": "fp32", "p_out": "bf16", "p_stats": "fp32"},
+            pointers={
+                "p_part_out": "fp32",
+                "p_part_stats": "fp32",
+                "p_out": "bf16",
+                "p_wide": "fp32",
+                "p_stats": "fp32",
+            },
             floats=("scale",),
             options=combine_options(width, splits),
             tensor_cores=False,

@@ -110,16 +110,22 @@ def _modulated_cross_attention(
     rng: Tensor | None,  # int64 [2]: seed and offset of the dropout
     scale: float,
     dropout_p: float,
+    keep: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:  # [B, Q, H, d_v]; float32 [2, B, H, Q]: the softmax, for the backward
+) -> list[Tensor]:  # [B, Q, H, d_v]; with `keep`, in float32, the softmax [2, B, H, Q] and, unless v is that, the first
     b, q, h, _ = q_content.shape
-    return v.new_empty(b, q, h, v.shape[3]), v.new_empty(2, b, h, q, dtype=torch.float32)
+    results = [v.new_empty(b, q, h, v.shape[3])]
+    if keep:
+        results.append(v.new_empty(2, b, h, q, dtype=torch.float32))
+        if v.dtype != torch.float32:
+            results.append(v.new_empty(b, q, h, v.shape[3], dtype=torch.float32))
+    return results
 
 
 modulated_cross_attention = _define(
     "modulated_cross_attention(Tensor q_content, Tensor? q_pos, Tensor k_content, Tensor? k_pos, Tensor v, "
-    "Tensor? key_padding_mask, Tensor? attn_mask, Tensor? rng, float scale, float dropout_p, str backend) "
-    "-> (Tensor, Tensor)",
+    "Tensor? key_padding_mask, Tensor? attn_mask, Tensor? rng, float scale, float dropout_p, bool keep, str backend) "
+    "-> Tensor[]",
     _modulated_cross_attention,
 )
 
@@ -134,7 +140,7 @@ def _modulated_cross_attention_backward(
     key_padding_mask: Tensor | None,
     attn_mask: Tensor | None,
     rng: Tensor | None,
-    out: Tensor,  # of the forward
+    out: Tensor,  # of the forward, float32
     stats: Tensor,  # of the forward
     scale: float,
     dropout_p: float,

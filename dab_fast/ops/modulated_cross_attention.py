@@ -110,10 +110,9 @@ def modulated_cross_attention(
     if dropout_p > 0:
         # On the device, from its default generator: seeding, checkpointing and CUDA-graph replays see it.
         rng = torch.randint(-(2**63), 2**63 - 1, (2,), device=q_content.device)
-    args = (*inputs, rng, scale, dropout_p, backend)
     if grad:
-        return _ModulatedCrossAttention.apply(*args)
-    return _library.modulated_cross_attention(*args)[0]
+        return _ModulatedCrossAttention.apply(*inputs, rng, scale, dropout_p, backend)
+    return _library.modulated_cross_attention(*inputs, rng, scale, dropout_p, False, backend)[0]
 
 
 class _ModulatedCrossAttention(torch.autograd.Function):
@@ -133,8 +132,8 @@ class _ModulatedCrossAttention(torch.autograd.Function):
         backend: str,
     ) -> Tensor:  # [B, Q, H, d_v]
         inputs = (q_content, q_pos, k_content, k_pos, v, key_padding_mask, attn_mask, rng)
-        out, stats = _library.modulated_cross_attention(*inputs, scale, dropout_p, backend)
-        ctx.save_for_backward(*inputs, out, stats)
+        out, stats, *wide = _library.modulated_cross_attention(*inputs, scale, dropout_p, True, backend)
+        ctx.save_for_backward(*inputs, wide[0] if wide else out, stats)
         ctx.options = scale, dropout_p
         ctx.backend = backend
         return out
