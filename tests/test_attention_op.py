@@ -84,7 +84,7 @@ def test_plain_backward_in_several_blocks(masks):
         torch.testing.assert_close(got, want, rtol=0, atol=2e-5 * want.abs().max().item())  # sums of 1050 numbers
 
 
-# Of the whole tensor. In float32 the logits of both are rounded to about 1e-5, not alike; in float16 results are rounded.
+# Of the whole tensor. In float32 the logits of both are rounded to about 1e-5, not alike; in float16 a result is, once.
 ALLOWANCE = {torch.float32: 2e-5, torch.float16: 2**-12}
 
 
