@@ -143,7 +143,8 @@ def measure(arch: int, name: str) -> Budget:
         return sum(n for instruction, n in counts.items() if re.match(pattern, instruction))
 
     # Single bytes are masks; numbers of a row or a column are few, and loaded in whatever layout the tile has.
-    loads = [size for size in load_sizes(compiled.asm["ptx"], tile_loads(compiled.asm["ttgir"])) if size > 1]
+    places = tile_loads(compiled.asm["ttgir"])
+    loads = [size for size in load_sizes(compiled.asm["ptx"], places) if size > 1]
     share = sum(size for size in loads if size >= 16) / sum(loads) if loads else 1.0
     spills = count(SPILL.pattern)
     spills_in_loops = sum(bool(SPILL.match(instruction)) for instruction in INSTRUCTION.findall(loops(code)))
@@ -155,6 +156,8 @@ def measure(arch: int, name: str) -> Budget:
         broken.append(f"{spills} instructions spill registers, {spills_in_loops} of them in loops")
     if case.tensor_cores and not tensor_cores:
         broken.append("no tensor-core instruction")
+    if places and not loads:
+        broken.append("the PTX shows none of its loads of tiles")
     if share < case.wide_loads:
         broken.append(f"only {share:.0%} of the bytes of tiles in 16-byte loads")
     if shared > chip.smem_per_block_max:

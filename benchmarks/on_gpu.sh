@@ -3,7 +3,7 @@
 #
 #   bash benchmarks/on_gpu.sh OUT_DIR [--only tests|ops|decoder|model|sanitizer|profile] [--dry]
 #
-# Ends within 9 minutes and leaves at most 8 files in OUT_DIR; summary.txt says what was done and what could not be.
+# Ends within 9 minutes and leaves at most 9 files in OUT_DIR; summary.txt says what was done and what could not be.
 # The stages come in the order of their worth, each with its own time limit; one that fails stops no other.
 # --dry does the same on a CPU, at tiny sizes, with Triton's interpreter.
 set -uo pipefail

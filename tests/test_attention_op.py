@@ -158,6 +158,22 @@ def test_compiled_in_one_dynamic_graph(triton):
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("backend", ("torch", "triton"))
+def test_dynamic_shapes_need_one_graph(backend):
+    graphs = []
+
+    def count(module, _):
+        graphs.append(module)
+        return module
+
+    compiled = torch.compile(ops.modulated_cross_attention, fullgraph=True, dynamic=True, backend=count)
+    with ops.backend(backend):
+        for sizes in ({}, {"B": 3}, {"B": 4, "Q": 12, "S": 33}):
+            tensors = {name: x.requires_grad_() for name, x in inputs(**sizes).items()}
+            compiled(**tensors).sum().backward()
+    assert len(graphs) == 1
+
+
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
 def test_autocast_computes_in_its_dtype(triton, dtype):
     tensors = inputs()

@@ -220,6 +220,16 @@ def test_forward_mode_in_plain_pytorch():
             call(dual)
 
 
+def test_compiled_code_notices_forward_mode():
+    x, tangent = torch.rand(3, 4), torch.rand(3, 4)
+    compiled = torch.compile(lambda x: ops.sine_embed(x, 16), backend="aot_eager")
+    compiled(x)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, tangent)
+        got, want = (forward_ad.unpack_dual(f(dual, 16)).tangent for f in (lambda x, n: compiled(x), ops.sine_embed))
+    torch.testing.assert_close(got, want)
+
+
 def test_compiled_torch_func():
     boxes, scale, logits = embed_inputs()
     gradient = torch.func.grad(lambda boxes: embed(boxes, scale, logits)[1].sum())

@@ -154,14 +154,18 @@ def _candidates(choice: str, op: str, device_type: str, device_index: int | None
     )
 
 
+def _functorch() -> bool:
+    return torch._C._are_functorch_transforms_active()
+
+
 def transformed() -> bool:
     """Whether torch.func or forward-mode AD is at work, which only plain PyTorch serves."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return _functorch() or forward_ad._current_level >= 0
 
 
 # What torch.compiler.assume_constant_result does, without its import of torch._dynamo, which takes a second.
 _candidates._dynamo_marked_constant = True  # type: ignore[attr-defined]
-transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 _known: dict[tuple[str, str, torch.device], tuple[tuple[str, ...], str]] = {}
 _logged: set[tuple[str, torch.device, str]] = set()

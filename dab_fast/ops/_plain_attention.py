@@ -8,7 +8,7 @@ the backward here computes the softmax again, as the specification does, from th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
 from contextlib import nullcontext
 from typing import Any
 
@@ -20,8 +20,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dab_fast import reference
 
-# What the backward holds of the scores: on a CPU what its cache does, on a GPU a gigabyte.
-SCORES_AT_ONCE = {"cpu": 2**21, "cuda": 2**28}
+# The scores of which the backward holds three matrices at a time: on a CPU what its cache does, on a GPU a gigabyte.
+SCORES_AT_ONCE = {"cpu": 2**21, "cuda": 2**26}
+
+# The flags that sdpa_kernel sets and puts back belong to the process; the replicas of DataParallel are threads.
+_FLAGS = threading.Lock()
 
 
 def attend(
@@ -72,7 +75,9 @@ def _forward(
     if hidden is not None:
         blind = hidden.all(-1, keepdim=True)
         visible = ~hidden | blind
-    with nullcontext() if on_cpu else sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+    alone = nullcontext() if on_cpu or torch.compiler.is_compiling() else _FLAGS
+    kernels = nullcontext() if on_cpu else sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+    with alone, kernels:
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
     if blind is not None:
         attended = attended.masked_fill(blind, 0)
@@ -91,29 +96,32 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, hidden = ctx.saved_tensors
         b, h, n, _ = q.shape
-        if hidden is not None:
-            hidden = hidden.expand(b, h, -1, -1)
-        blocks = list(_blocks(b, h, n * k.shape[2], v.device.type))
+        needs = ctx.needs_input_grad[:3]
+        # torch.compile takes it whole: blocks would tie its graph to the number of images.
+        blocks = [] if torch.compiler.is_compiling() else _blocks(b, h, n * k.shape[2], v.device.type)
         with reference.autocast_off(v):
-            if len(blocks) == 1:
-                return (*_backward(d_out, q, k, v, hidden, ctx.scale), None, None)
-            gradients = [x.new_empty(x.shape) for x in (q, k, v)]
+            if len(blocks) < 2:
+                return (*_backward(d_out, q, k, v, hidden, ctx.scale, needs), None, None)
+            gradients = [x.new_empty(x.shape) if need else None for x, need in zip((q, k, v), needs, strict=True)]
+            hidden = None if hidden is None else hidden.expand(b, h, -1, -1)
             for some in blocks:
                 mask = None if hidden is None else hidden[some]
-                found = _backward(d_out[some], q[some], k[some], v[some], mask, ctx.scale)
+                found = _backward(d_out[some], q[some], k[some], v[some], mask, ctx.scale, needs)
                 for gradient, part in zip(gradients, found, strict=True):
-                    gradient[some] = part
+                    if gradient is not None:
+                        gradient[some] = part
         return (*gradients, None, None)
 
 
-def _blocks(b: int, h: int, scores: int, device_type: str) -> Iterator[tuple[slice, slice]]:
-    """Images and heads to compute at once."""
+def _blocks(b: int, h: int, scores: int, device_type: str) -> list[tuple[slice, slice]]:
+    """Images and heads to compute at once, of `scores` scores a head."""
     most = SCORES_AT_ONCE[device_type]
-    images, heads = (b, h) if torch.compiler.is_compiling() else (most // max(1, scores * h), most // max(1, scores))
-    images, heads = max(1, images), min(h, max(1, heads))
-    for image in range(0, b, images):
-        for head in range(0, h, heads):
-            yield slice(image, image + images), slice(head, head + heads)
+    images, heads = max(1, most // max(1, scores * h)), min(h, max(1, most // max(1, scores)))
+    return [
+        (slice(image, image + images), slice(head, head + heads))
+        for image in range(0, b, images)
+        for head in range(0, h, heads)
+    ]
 
 
 def _backward(
@@ -123,15 +131,21 @@ def _backward(
     v: Tensor,  # [B, H, S, d_v]
     hidden: Tensor | None,  # bool, broadcastable to [B, H, Q, S]
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # d_q, d_k, d_v
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # those needed of d_q, d_k, d_v
+    need_q, need_k, need_v = needs
     wide_q, wide_k = reference.at_least_float32(q) * scale, reference.at_least_float32(k)
-    logits = wide_q @ wide_k.mT
+    weights = wide_q @ wide_k.mT
     if hidden is not None:
-        logits.masked_fill_(hidden, torch.finfo(logits.dtype).min)
-    weights = torch.softmax(logits, -1)
+        weights.masked_fill_(hidden, torch.finfo(weights.dtype).min)
+    weights = torch.softmax(weights, -1)
     if hidden is not None:
         weights.masked_fill_(hidden, 0)
-    d_v = weights.to(v.dtype).mT @ d_out
+    d_v = weights.to(v.dtype).mT @ d_out if need_v else None
+    if not (need_q or need_k):
+        return None, None, d_v
     d_weights = (d_out @ v.mT).to(weights.dtype)
     d_logits = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype)
-    return ((d_logits @ wide_k) * scale).to(q.dtype), (d_logits.mT @ wide_q).to(k.dtype), d_v
+    d_q = ((d_logits @ wide_k) * scale).to(q.dtype) if need_q else None
+    d_k = (d_logits.mT @ wide_q).to(k.dtype) if need_k else None
+    return d_q, d_k, d_v

@@ -37,7 +37,7 @@ def modulated_cross_attention(
         k_content: Tensor[B, S, H, d].
         k_pos: Tensor[B or 1, S, H, d_pos]; 1 where all images share it.
         v: Tensor[B, S, H, d_v].
-        key_padding_mask: bool Tensor[B, S], True = padded: no query sees that key.
+        key_padding_mask: bool Tensor[B, S], True = padded: no query sees that key, which must be finite all the same.
         attn_mask: bool Tensor[Q, S], or [B * H, Q, S] as `nn.MultiheadAttention` takes it; True = hidden.
         scale: of the logits; the default is 1 / sqrt(d + d_pos), that of the concatenated query.
         dropout_p: of the attention weights, in [0, 1); drawn from the device's default generator.
