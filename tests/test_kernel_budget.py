@@ -94,7 +94,7 @@ PTX = """
 
 def test_loads_of_tiles_are_told_from_those_of_rows_numbers():
     places = tile_loads(IR)
-    assert places == {("common.py", 37, 22)}
+    assert places == {("common.py", 22)}
     assert load_sizes(PTX, places) == [16, 8, 16, 4, 1]
 
 
