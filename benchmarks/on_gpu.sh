@@ -99,7 +99,7 @@ if wanted tests; then
         stage "tests (collected)" 60 "$python" -m pytest tests -m gpu --collect-only -q -p no:cacheprovider
     else
         stage "selftest" 60 "$python" -c 'from dab_fast.cli import main; main()' selftest --device cuda
-        # Many kernels are compiled, which takes the time of the host: more than everything else's first look at them.
+        # Most of their time goes into compiling some hundred kernels, on the cores of the host.
         report="$(mktemp)"
         stage "tests" "$([ "$only" = tests ] && echo 430 || echo 150)" \
             "$python" -m pytest tests -m gpu -q -p no:cacheprovider -n 12 --junitxml="$report"

@@ -114,6 +114,19 @@ def box_position_embed(
     return sine.to(dtype), saturate(center, dtype)
 
 
+def hidden_keys(
+    key_padding_mask: Tensor | None,  # bool [B, S], True = padded
+    attn_mask: Tensor | None,  # bool [Q, S] or [B * H, Q, S], True = hidden
+    heads: int,
+) -> Tensor | None:  # bool, broadcastable to [B, H, Q, S]
+    """Both masks in one."""
+    hidden = None if key_padding_mask is None else key_padding_mask[:, None, None, :]
+    if attn_mask is not None:
+        mask = attn_mask.unflatten(0, (-1, heads)) if attn_mask.dim() == 3 else attn_mask
+        hidden = mask if hidden is None else hidden | mask
+    return hidden
+
+
 def modulated_cross_attention(
     q_content: Tensor,  # [B, Q, H, d]
     q_pos: Tensor | None,  # [B, Q, H, d_pos]; None with k_pos: one-part attention
@@ -143,12 +156,7 @@ def modulated_cross_attention(
         logits = part(q_content, k_content)
         if q_pos is not None and k_pos is not None:
             logits = logits + part(q_pos, k_pos)
-    hidden = None
-    if key_padding_mask is not None:
-        hidden = key_padding_mask[:, None, None, :]
-    if attn_mask is not None:
-        mask = attn_mask.unflatten(0, (b, h)) if attn_mask.dim() == 3 else attn_mask
-        hidden = mask if hidden is None else hidden | mask
+    hidden = hidden_keys(key_padding_mask, attn_mask, h)
     if hidden is not None:
         logits = logits.masked_fill(hidden, torch.finfo(logits.dtype).min)
     probabilities = logits.softmax(-1)

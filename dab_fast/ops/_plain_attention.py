@@ -41,15 +41,10 @@ def attend(
 ) -> Tensor:  # [B, Q, H, d_v]
     """`reference.modulated_cross_attention` of tensors of one dtype, without dropout; `grad`: a gradient is wanted."""
     b, _, h, _ = q_content.shape
+    hidden = reference.hidden_keys(key_padding_mask, attn_mask, h)
     if q_pos is not None and k_pos is not None:
         q_content = torch.cat((q_content, q_pos), -1)
         k_content = torch.cat((k_content, k_pos.expand(b, -1, -1, -1)), -1)
-    hidden = None
-    if key_padding_mask is not None:
-        hidden = key_padding_mask[:, None, None, :]
-    if attn_mask is not None:
-        mask = attn_mask.unflatten(0, (b, h)) if attn_mask.dim() == 3 else attn_mask
-        hidden = mask if hidden is None else hidden | mask
     q, k, v = (x.transpose(1, 2) for x in (q_content, k_content, v))
     tracing = torch.compiler.is_exporting() or torch.jit.is_tracing()
     attended = (_Attention.apply if grad and not tracing else _forward)(q, k, v, hidden, scale)
