@@ -272,7 +272,9 @@ class BuildNative(build_ext):
 
     def config(self, decision: Plan) -> str:
         # Read by itself: importing dab_fast needs torch, which an isolated build does not have.
-        spec = importlib.util.spec_from_file_location("_extension", ROOT / "dab_fast" / "_extension.py")
+        spec = importlib.util.spec_from_file_location(
+            "_extension", ROOT / "dab_fast" / "backends" / "native" / "_extension.py"
+        )
         extension = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = extension  # dataclasses look their module up
         spec.loader.exec_module(extension)

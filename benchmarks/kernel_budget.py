@@ -30,8 +30,8 @@ from cuxray import compute, lookup
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dab_fast import kernels
-from dab_fast.kernels._cases import CompileCase
+from dab_fast.backends import triton as kernels
+from dab_fast.backends.triton._cases import CompileCase
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
@@ -75,7 +75,7 @@ class Budget:
 @cache
 def cases() -> dict[str, CompileCase]:
     found: dict[str, CompileCase] = {}
-    for module in pkgutil.iter_modules(kernels.__path__, "dab_fast.kernels."):
+    for module in pkgutil.iter_modules(kernels.__path__, "dab_fast.backends.triton."):
         listed = getattr(importlib.import_module(module.name), "compile_cases", list)()
         for case in listed:
             if case.name in found:

@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from benchmarks.counts import BASELINE
-from benchmarks.roofline import RESULTS, measured, predict
+from benchmarks.predict import RESULTS, measured, predict
 from benchmarks.table import newest
 from dab_fast.bench import hardware, rows
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from benchmarks.roofline import RESULTS
+from benchmarks.predict import RESULTS
 from dab_fast.bench import rows
 
 _NUMBERS = {"batch", "queries", "tokens", "aten_calls", "kernel_launches", "host_syncs", "rounds"}

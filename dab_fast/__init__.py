@@ -7,15 +7,14 @@
 Importing this package imports torch, but neither triton nor transformers nor the compiled extension.
 """
 
-from dab_fast._extension import build_info
+from dab_fast._version import __version__
 from dab_fast.accelerate import accelerate, restore
 from dab_fast.checkpoint import load_checkpoint
 from dab_fast.config import DecoderConfig
 from dab_fast.decoder import DabDecoder
+from dab_fast.info import build_info
 from dab_fast.ops import box_position_embed, modulated_cross_attention, refine_boxes, sine_embed
 from dab_fast.warmup import warmup
-
-__version__ = "0.1.0"
 
 __all__ = [
     "DabDecoder",

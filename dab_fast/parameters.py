@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
+
+from dab_fast._tracing import compiling
 
 Rename = Callable[[str], str | None]
 
@@ -88,5 +89,5 @@ def _refuse(name: str, x: Tensor | None) -> None:
         raise StepAside(f"{name} is absent")
     if x.is_meta:
         raise StepAside(f"{name} is on the meta device")
-    if not torch.compiler.is_compiling():
+    if not compiling():
         raise StepAside(f"{name} is a {type(x).__module__}.{type(x).__qualname__}")

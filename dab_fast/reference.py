@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dab_fast.config import DecoderConfig
+from dab_fast.precision import at_least_float32, autocast_off, compute_dtype, saturate
 
 Parameters = Mapping[str, Tensor]
 
@@ -30,32 +30,6 @@ class DecoderOutput(NamedTuple):
 
     hidden_states: Tensor  # [L, B, Q, D]: every layer's output, normed by the decoder's LayerNorm
     reference_points: Tensor  # [L, B, Q, query_dim]: the anchors each layer read; [1, ...] without a box MLP
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def autocast_off(x: Tensor) -> AbstractContextManager:
-    """Autocast would take the box MLP and the logits to half precision."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return nullcontext()
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a linear layer reads x here: autocast's, where that is on."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
-
-
-def saturate(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in `dtype`, where what float16 cannot hold becomes its largest number: tiny anchors overflow it."""
-    if dtype == torch.float16:
-        limit = torch.finfo(dtype).max
-        x = x.clamp(-limit, limit)
-    return x.to(dtype)
 
 
 def inverse_sigmoid(x: Tensor, eps: float) -> Tensor:

@@ -27,8 +27,8 @@ def seed():
 
 @pytest.fixture(scope="session")
 def cuda_on_cpu(tmp_path_factory):
-    """The CUDA kernels on the CPU: tests/cuda_on_cpu, compiled by the first worker that asks."""
-    from tests import cuda_on_cpu
+    """The CUDA kernels on the CPU: tests/support/cuda_on_cpu, compiled by the first worker that asks."""
+    from tests.support import cuda_on_cpu
 
     if problem := cuda_on_cpu.why_not():
         pytest.skip(problem)

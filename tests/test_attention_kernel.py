@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dab_fast.kernels.configs import AttentionConfig, key_splits
-from dab_fast.kernels.modulated_cross_attention import addressable, backward, forward
+from dab_fast.backends.triton.configs import AttentionConfig, key_splits
+from dab_fast.backends.triton.modulated_cross_attention import addressable, backward, forward
 
 NAMES = ("q_content", "q_pos", "k_content", "k_pos", "v")
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dab_fast import ops, reference
-from dab_fast.ops._plain_attention import _blocks
+from dab_fast.backends.torch.modulated_cross_attention import _blocks
 
 NAMES = ("q_content", "q_pos", "k_content", "k_pos", "v")
 

@@ -15,16 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import counts, roofline, validate
+from benchmarks import counts, predict, validate
 from dab_fast import ops
 from dab_fast.bench import bench, hardware, rows
 from dab_fast.bench import cases as cases_
 from dab_fast.bench.cases import Case, cases, measure_case
 from dab_fast.bench.counting import METRICS, decoder_counts
+from dab_fast.bench.predict import decoder_stages, floor_ms, floor_seconds
 from dab_fast.bench.providers import PROVIDERS
-from dab_fast.bench.roofline import decoder_stages, floor_ms, floor_seconds
 from dab_fast.bench.workloads import ONE_IMAGE, TINY, WORKLOADS, Decoder, Shape
-from dab_fast.ops import _backends
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -235,7 +234,7 @@ def test_bench(monkeypatch, tmp_path):
 
 def test_floor_is_below_every_prediction_and_above_the_bytes():
     for gpu in hardware.GPUS:
-        for case in roofline.predict(gpu):
+        for case in predict.predict(gpu):
             floor = case["predicted_ms"].pop("floor")
             assert case["predicted_ms"]
             assert all(floor < ms for ms in case["predicted_ms"].values())
@@ -264,18 +263,18 @@ def test_floor_ms():
     assert attention is not None and 0 < attention < expected
 
 
-def test_roofline_command(capsys):
-    roofline.main(["--stages"])
+def test_predict_command(capsys):
+    predict.main(["--stages"])
     shown = capsys.readouterr().out
     assert shown.startswith("Predicted, not measured") and "cross-attention" in shown
-    roofline.main(["--json", "--gpu", "H200"])
+    predict.main(["--json", "--gpu", "H200"])
     assert len(json.loads(capsys.readouterr().out)) == 6
 
 
 def test_measured_stands_beside_predicted(tmp_path, capsys):
     case = {"op": "decoder", "mode": "inference", "dtype": "bf16", "batch": 8, "queries": 300, "tokens": 1050}
     rows.append(tmp_path / "a.csv", [row(**case, padded=False, device="NVIDIA H100", p50_ms=0.77, commit="abc")])
-    roofline.main(["--results", str(tmp_path)])
+    predict.main(["--results", str(tmp_path)])
     assert "measured    0.770 at abc" in capsys.readouterr().out
 
 
@@ -343,7 +342,7 @@ def test_only_what_passed_is_validated(tmp_path):
 
 def test_every_kernel_has_its_proof():
     for op, backend in validate.PROOFS:
-        assert importlib.util.find_spec(f"{_backends.PACKAGES[backend]}.{op}"), (op, backend)
+        assert importlib.util.find_spec(f"dab_fast.backends.{backend}.{op}"), (op, backend)
     for files in validate.PROOFS.values():
         assert all((ROOT / "tests" / f"{file}.py").exists() for file in files)
 

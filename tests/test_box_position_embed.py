@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dab_fast import ops, reference
-from tests.accuracy import assert_accurate, run
+from tests.support.accuracy import assert_accurate, run
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import dab_fast
-from dab_fast import _extension
+from dab_fast.backends.native import _extension
 
 ROOT = Path(__file__).parents[1]
 SUFFIX = importlib.machinery.EXTENSION_SUFFIXES[0]

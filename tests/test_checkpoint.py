@@ -15,9 +15,9 @@ from torch import nn
 
 import dab_fast
 from dab_fast import DabDecoder, load_checkpoint
-from tests.idea_models import BOX_TOLERANCE, HIDDEN_TOLERANCE, VARIANTS, D, H, L, drop_in, inputs, oracle
-from tests.idea_second_model import Model
-from tests.models import accelerated_copy, huggingface_model, images, perturb_
+from tests.support.idea_models import BOX_TOLERANCE, HIDDEN_TOLERANCE, VARIANTS, D, H, L, drop_in, inputs, oracle
+from tests.support.idea_second_model import Model
+from tests.support.models import accelerated_copy, huggingface_model, images, perturb_
 
 ARGS = argparse.Namespace(nheads=H, transformer_activation="prelu", dropout=0.25, lr=1e-4, output_dir="here")
 

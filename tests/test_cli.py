@@ -13,8 +13,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import dab_fast
-from dab_fast import DabDecoder, cli, demo, selftest
-from tests.models import huggingface_model
+from dab_fast import DabDecoder, validation
+from dab_fast.cli import demo
+from dab_fast.cli.inputs import InputError
+from dab_fast.cli.main import app
+from tests.support.models import huggingface_model
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +48,7 @@ def one_round(monkeypatch):
 
 
 def invoke(*args):
-    return CliRunner().invoke(cli.app, [str(arg) for arg in args], catch_exceptions=False)
+    return CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=False)
 
 
 def test_demo_table_and_picture(checkpoint, photo, tmp_path):
@@ -129,7 +132,7 @@ def test_a_checkpoint_that_lacks_parameters(checkpoint, tmp_path):
     state.pop(dropped)
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_text((checkpoint / "config.json").read_text())
-    with pytest.raises(demo.InputError, match=f"lacks 1 parameters, the first is {dropped}"):
+    with pytest.raises(InputError, match=f"lacks 1 parameters, the first is {dropped}"):
         demo.load_checkpoint(tmp_path)
 
 
@@ -225,13 +228,13 @@ def test_selftest_can_fail(monkeypatch, op, wrong):
         def backward(ctx, gradient):
             return gradient * (1 + 1e-4 * (wrong == "gradient"))
 
-    case = next(case for case in selftest.cases() if case.op == op)
+    case = next(case for case in validation.cases() if case.op == op)
 
     def broken(**inputs):
         result = case.call(**inputs)
         return Wrong.apply(result) if isinstance(result, torch.Tensor) else (Wrong.apply(result[0]), *result[1:])
 
-    monkeypatch.setattr(selftest, "cases", lambda: [dataclasses.replace(case, call=broken)])
+    monkeypatch.setattr(validation, "cases", lambda: [dataclasses.replace(case, call=broken)])
     result = invoke("selftest", "--device", "cpu")
     assert result.exit_code == 1 and "FAIL" in result.stdout
 
@@ -242,15 +245,15 @@ def test_selftest_sees_a_wrong_decoder(monkeypatch):
             hidden_states, reference_points = super().forward(*args, **kwargs)
             return hidden_states * 1.0001, reference_points
 
-    monkeypatch.setattr(selftest, "cases", list)
-    monkeypatch.setattr(selftest, "DabDecoder", Wrong)
+    monkeypatch.setattr(validation, "cases", list)
+    monkeypatch.setattr(validation, "DabDecoder", Wrong)
     result = invoke("selftest", "--device", "cpu")
     assert result.exit_code == 1 and "FAIL  decoder" in result.stdout
 
 
 def test_selftest_sees_a_backend_that_did_not_run(monkeypatch):
-    case = next(case for case in selftest.cases() if case.op == "refine_boxes")
-    monkeypatch.setattr(selftest, "cases", lambda: [dataclasses.replace(case, call=case.specification)])
+    case = next(case for case in validation.cases() if case.op == "refine_boxes")
+    monkeypatch.setattr(validation, "cases", lambda: [dataclasses.replace(case, call=case.specification)])
     result = invoke("selftest", "--device", "cpu")
     assert result.exit_code == 1
     assert any(line.startswith("FAIL") and "triton" in line for line in result.stdout.splitlines())
@@ -281,7 +284,7 @@ def test_bench_passes_its_options_on(monkeypatch, tmp_path):
 @pytest.mark.parametrize("wreck, code", [(False, 0), (True, 1)])
 def test_full_size(wreck, code, tmp_path):
     """What `make demo` runs: DAB-DETR-R50 at 800 pixels."""
-    command = [sys.executable, "-c", "from dab_fast.cli import main; main()", "demo", "--json"]
+    command = [sys.executable, "-c", "from dab_fast.cli.main import main; main()", "demo", "--json"]
     command += ["--device", "cpu", "--output", str(tmp_path / "out.png"), *["--wreck"] * wreck]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == code, result.stderr

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dab_fast import ops, reference
-from dab_fast.native import _call
+from dab_fast.backends.native import _call
 from tests.test_native import Tail, assert_as_good, results_and_gradients, some_boxes, tail
 
 ORDERS = (0, -1, 7)  # upwards, downwards, shuffled

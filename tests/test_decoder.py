@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dab_fast import DabDecoder, DecoderConfig, reference
-from dab_fast.decode import decode, predict_boxes
+from dab_fast.decoder.forward import decode, predict_boxes
 from dab_fast.measure import saved_bytes
-from tests.models import assert_same_gradients, perturb_
+from tests.support.models import assert_same_gradients, perturb_
 
 VARIANTS = {
     "default": {},

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.models import accelerated_copy, assert_same_gradients, huggingface_model, images, labels
+from tests.support.models import accelerated_copy, assert_same_gradients, huggingface_model, images, labels
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.models import huggingface_model
+from tests.support.models import huggingface_model
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--tiny", "--size", "64", "96"]

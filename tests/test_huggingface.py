@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DabDetrForObjectDetection
 
 import dab_fast
-from tests.models import (
+from tests.support.models import (
     BOX_TOLERANCE,
     HIDDEN_TOLERANCE,
     accelerated_copy,

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import dab_fast
-from tests.models import accelerated_copy, assert_same_outputs, huggingface_model, images, replicate
+from tests.support.models import accelerated_copy, assert_same_outputs, huggingface_model, images, replicate
 
 
 def test_output_attentions_steps_aside(caplog):

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import dab_fast
-from tests import idea_second_writing as second
-from tests.idea_models import (
+from tests.support import idea_second_writing as second
+from tests.support.idea_models import (
     BOX_TOLERANCE,
     D,
     Gelu,
@@ -26,7 +26,7 @@ from tests.idea_models import (
     inputs,
     oracle,
 )
-from tests.models import replicate
+from tests.support.models import replicate
 
 
 class Model(nn.Module):

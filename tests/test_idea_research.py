@@ -11,8 +11,8 @@ from torch import nn
 
 from dab_fast import idea_research, reference
 from dab_fast.adapters import idea_research as adapter
-from tests import idea_second_writing as second
-from tests.idea_models import (
+from tests.support import idea_second_writing as second
+from tests.support.idea_models import (
     HIDDEN_TOLERANCE,
     MASKS,
     VARIANTS,
@@ -33,7 +33,7 @@ from tests.idea_models import (
     loaded_drop_in,
     oracle,
 )
-from tests.models import assert_same_gradients, perturb_
+from tests.support.models import assert_same_gradients, perturb_
 
 
 @pytest.mark.parametrize("make", [loaded_drop_in, accelerated])

@@ -51,7 +51,7 @@ def test_saved_bytes_are_unique_storages_without_parameters():
 
 def test_triton_launches_are_counted_and_need_not_run():
     pytest.importorskip("triton")
-    from tests.triton_kernel import double
+    from tests.support.triton_kernel import double
 
     x = torch.ones(8)
     counts = measure.count(lambda: double(x))

@@ -10,17 +10,17 @@ import pytest
 import torch
 
 from dab_fast import ops, reference
-from dab_fast._extension import extension_problem
+from dab_fast.backends.native._extension import extension_problem
 
 if problem := extension_problem():
     if "is not built" not in problem:
         raise ImportError(problem)
     pytest.skip(problem, allow_module_level=True)
 
-from dab_fast.native import _call
-from dab_fast.native import box_position_embed as native_embed
-from dab_fast.native import refine_boxes as native_refine
-from dab_fast.native._call import C
+from dab_fast.backends.native import _call
+from dab_fast.backends.native import box_position_embed as native_embed
+from dab_fast.backends.native import refine_boxes as native_refine
+from dab_fast.backends.native._call import C
 
 
 @pytest.fixture(params=["cpu", "cuda emulated", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -95,7 +95,7 @@ def test_other_python_threads_run_meanwhile():
 def test_every_instruction_set(isa):
     """The loops chosen for older machines, on this one."""
     code = (
-        "import torch; from dab_fast.native._call import C; from tests import test_native as t\n"
+        "import torch; from dab_fast.backends.native._call import C; from tests import test_native as t\n"
         f"assert C.cpu_isa() == {isa!r}\n"
         "torch.manual_seed(0)\n"
         "t.test_accuracy_of_sin_and_cos('cpu')\n"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dab_fast import ops, reference
-from tests.accuracy import assert_accurate, run
+from tests.support.accuracy import assert_accurate, run
 
 WEIGHTS = ("w1", "b1", "w2", "b2", "w3", "b3")
 

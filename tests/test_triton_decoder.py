@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from dab_fast import DabDecoder, measure, ops
-from tests.models import accelerated_copy, assert_same_gradients, huggingface_model, images, labels, perturb_
+from tests.support.models import accelerated_copy, assert_same_gradients, huggingface_model, images, labels, perturb_
 
 # As in test_huggingface.py: float32 sums in another order.
 HIDDEN_TOLERANCE = 2e-5

@@ -6,9 +6,9 @@ import logging
 from collections import Counter
 from typing import ClassVar, NamedTuple
 
-import torch
 from torch import nn
 
+from dab_fast._tracing import compiling
 from dab_fast.parameters import StepAside
 
 logger = logging.getLogger("dab_fast")
@@ -51,7 +51,7 @@ class Fast(nn.Module):
 
     def dab_fast_step_aside(self, reason: StepAside) -> None:
         """Note that a call takes the original forward: one log line per reason, a count for the report."""
-        if torch.compiler.is_compiling():
+        if compiling():
             return
         if str(reason) not in self.dab_fast_reasons:
             logger.warning("%s takes its original forward: %s", type(self).__name__, reason)

@@ -14,8 +14,8 @@ from torch import Tensor
 from dab_fast import measure
 from dab_fast.bench import rows
 from dab_fast.bench.counting import cotangents, gradients
+from dab_fast.bench.predict import floor_ms
 from dab_fast.bench.providers import PROVIDERS, Provider
-from dab_fast.bench.roofline import floor_ms
 from dab_fast.bench.workloads import (
     DTYPES,
     FEATURE_MAPS,

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from dab_fast import measure
+from dab_fast.backends.torch.modulated_cross_attention import SCORES_AT_ONCE
 from dab_fast.bench.providers import PROVIDERS, Provider
 from dab_fast.bench.workloads import FEATURE_MAPS, PAPER, Decoder, Prepared, Shape, Size, Workload
-from dab_fast.ops._plain_attention import SCORES_AT_ONCE
 
 METRICS = ("aten_calls", "kernel_launches", "host_syncs", "saved_bytes")
 

@@ -1,4 +1,4 @@
-"""What the predictions of `dab_fast.bench.roofline` rest on. None of these is measured here: data sheets, published
+"""What the predictions of `dab_fast.bench.predict` rest on. None of these is measured here: data sheets, published
 measurements, and (where marked) estimates."""
 
 from __future__ import annotations

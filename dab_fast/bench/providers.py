@@ -85,7 +85,7 @@ def _backend(name: str) -> WhyNot:
                 return f"{_backends.VARIABLE}={ops.chosen_backend()} is set"
         needed = () if name == "auto" else (work.kind,) if isinstance(work, Op) else _OPS
         for op in needed:
-            if name == "triton" and importlib.util.find_spec(f"{_backends.PACKAGES[name]}.{op}") is None:
+            if name == "triton" and importlib.util.find_spec(f"dab_fast.backends.{name}.{op}") is None:
                 return f"there is no Triton kernel of {op}"
             if (reason := _backends.why_not(name, op, work.device)) is not None:
                 return reason

@@ -39,7 +39,7 @@ COLUMNS = (
     "worst_error",  # where there are gradients, of the worst one: hangs on single units of relu
     "accurate",  # the gate: at most twice the baseline's error, plus the floor of the dtype
     "speedup",  # over the baseline in the same run; only where accurate
-    "floor_ms",  # predicted: see benchmarks.roofline
+    "floor_ms",  # predicted: see benchmarks.predict
     "floor_pct",  # floor_ms / p50_ms
     *WHERE,
 )

@@ -2,7 +2,7 @@
 
 The choice is `auto` unless `backend(...)` or the environment variable DAB_FAST_BACKEND, which wins, says otherwise.
 `auto` takes the first backend that can run these tensors, and a GPU kernel only on an architecture on which a committed
-GPU run validated it (`dab_fast/validated.json`: {op: {backend: {architecture: record}}}). A backend chosen by name
+GPU run validated it (`dab_fast/ops/validated.json`: {op: {backend: {architecture: record}}}). A backend chosen by name
 never falls back. Why a backend cannot run something is said in one place, `why_not`; the error, the log line and the
 reports quote it.
 """
@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from dab_fast._tracing import compiling, exporting, transformed
 
 BACKENDS = ("native", "triton", "torch")  # in the order in which `auto` tries them
-PACKAGES = {"native": "dab_fast.native", "triton": "dab_fast.kernels"}  # a module per op, with `forward` and `backward`
 FASTER_ON_CPU = ("box_position_embed",)  # ops whose compiled code was measured faster than PyTorch: docs/extension.md
 VARIABLE = "DAB_FAST_BACKEND"
 
@@ -93,7 +93,7 @@ def architecture(device: torch.device) -> str:
 
 @cache
 def _validated() -> dict[str, dict[str, dict[str, Any]]]:
-    return json.loads((Path(__file__).parents[1] / "validated.json").read_text())
+    return json.loads((Path(__file__).with_name("validated.json")).read_text())
 
 
 def _triton_why_not(device: torch.device) -> str | None:
@@ -112,11 +112,10 @@ def _triton_why_not(device: torch.device) -> str | None:
 
 
 def _native_why_not(op: str, device: torch.device) -> str | None:
-    package = PACKAGES["native"]
-    if importlib.util.find_spec(f"{package}.{op}") is None:
+    if importlib.util.find_spec(f"dab_fast.backends.native.{op}") is None:
         return f"it has no {op}"
     try:
-        call = importlib.import_module(f"{package}._call")
+        call = importlib.import_module("dab_fast.backends.native._call")
     except ImportError as error:
         return str(error)
     return call.why_not(device)
@@ -154,18 +153,8 @@ def _candidates(choice: str, op: str, device_type: str, device_index: int | None
     )
 
 
-def _functorch() -> bool:
-    return torch._C._are_functorch_transforms_active()
-
-
-def transformed() -> bool:
-    """Whether torch.func or forward-mode AD is at work, which only plain PyTorch serves."""
-    return _functorch() or forward_ad._current_level >= 0
-
-
 # What torch.compiler.assume_constant_result does, without its import of torch._dynamo, which takes a second.
 _candidates._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 _known: dict[tuple[str, str, torch.device], tuple[tuple[str, ...], str]] = {}
 _logged: set[tuple[str, torch.device, str]] = set()
@@ -180,10 +169,10 @@ def select(op: str, x: Tensor, limits: Limits, *args: Any) -> str:
     Raises:
         BackendUnavailable: the backend chosen by name cannot, with the reason.
     """
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if exporting():
         return "torch"  # an exported graph must not depend on this package
-    compiling = torch.compiler.is_compiling()
-    if compiling:
+    traced = compiling()
+    if traced:
         names, why = _candidates(_choice, op, x.device.type, x.device.index)
     else:
         key = (_choice, op, x.device)
@@ -196,7 +185,7 @@ def select(op: str, x: Tensor, limits: Limits, *args: Any) -> str:
     for name in names:
         reason = limits[name](*args) if name in limits else None
         if reason is None:
-            if why and name == "torch" and not compiling:
+            if why and name == "torch" and not traced:
                 _log_fallback(op, x.device, why)
             return name
         why = f"{why}; {name}: {reason}" if why else f"{name}: {reason}"
@@ -219,6 +208,6 @@ def implementation(name: str, op: str) -> Callable[..., Any]:
     found = _implementations.get((name, op))
     if found is None:
         stem = op.removesuffix("_backward")
-        module = importlib.import_module(f"{PACKAGES[name]}.{stem}")
+        module = importlib.import_module(f"dab_fast.backends.{name}.{stem}")
         found = _implementations[name, op] = module.forward if op == stem else module.backward
     return found

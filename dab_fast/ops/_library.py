@@ -8,7 +8,7 @@ To add an op, touch these files:
   dab_fast/reference.py      its specification, in plain PyTorch
   dab_fast/ops/_library.py   its schemas and fakes
   dab_fast/ops/<op>.py       the public function: checks, `_backends.select`, the autograd.Function
-  dab_fast/kernels/<op>.py   `forward` and `backward` with the schemas' arguments (without the backend)
+  dab_fast/backends/triton/<op>.py   `forward` and `backward` with the schemas' arguments (without the backend)
   tests/test_<op>.py         both against the specification
 """
 
@@ -36,19 +36,6 @@ def _define(schema: str, fake: Callable[..., Any]) -> Any:
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"dab_fast::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.dab_fast, name).default
-
-
-def constant(x: float) -> float:
-    """x, which under torch.compile becomes a constant of the graph.
-
-    With dynamic=True a float read from a module is a symbol, and torch 2.13 fails on one that enters the subgraph of an
-    autograd.Function.
-    """
-    if torch.compiler.is_compiling():
-        from torch.fx.experimental.symbolic_shapes import guard_scalar
-
-        return guard_scalar(x)
-    return x
 
 
 def _box_position_embed(

@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dab_fast import reference
+from dab_fast._tracing import constant
 from dab_fast.ops import _backends, _library
 from dab_fast.ops._checks import check_tensor
+from dab_fast.precision import at_least_float32
 
 
 def sine_embed(
@@ -38,7 +40,7 @@ def sine_embed(
     compute in float32 at least, and give the same bits from run to run.
     """
     _check_embedding("coordinates", coordinates, num_feats, order)
-    temperature = _library.constant(temperature)
+    temperature = constant(temperature)
     backend = _backends.select("box_position_embed", coordinates, _LIMITS, coordinates.dtype, num_feats, (coordinates,))
     if backend == "torch":
         return reference.sine_embed(coordinates, num_feats, temperature, order)
@@ -83,7 +85,7 @@ def box_position_embed(
     run to run.
     """
     _check_embedding("boxes", boxes, num_feats, order)
-    temperature = _library.constant(temperature)
+    temperature = constant(temperature)
     if boxes.shape[-1] not in (2, 4):
         raise ValueError(f"boxes must have shape [..., 2] or [..., 4], got {list(boxes.shape)}")
     if scale is not None:
@@ -104,7 +106,7 @@ def box_position_embed(
         )
     if scale is not None and scale.shape == (1,):
         # So that its gradient is summed in float32 at least.
-        scale = reference.at_least_float32(scale).expand(*boxes.shape[:-1], 1)
+        scale = at_least_float32(scale).expand(*boxes.shape[:-1], 1)
     args = (boxes, scale, ref_size_logits, num_feats, temperature, order, dtype, True, backend)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in args[:3]):
         return _BoxPositionEmbed.apply(*args)

@@ -10,10 +10,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dab_fast import reference
-from dab_fast.kernels.configs import WIDEST_HEAD
+from dab_fast._tracing import constant, transformed
+from dab_fast.backends.torch.modulated_cross_attention import attend
+from dab_fast.backends.triton.configs import WIDEST_HEAD
 from dab_fast.ops import _backends, _library
 from dab_fast.ops._checks import check_tensor
-from dab_fast.ops._plain_attention import attend
+from dab_fast.precision import compute_dtype, saturate
 
 
 def modulated_cross_attention(
@@ -71,13 +73,13 @@ def modulated_cross_attention(
     if attn_mask is not None:
         shape = (q, s) if attn_mask.dim() == 2 else (b * h, q, s)
         check_tensor("attn_mask", attn_mask, shape, like=q_content, boolean=True)
-    dropout_p = _library.constant(dropout_p)
+    dropout_p = constant(dropout_p)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     tensors = (q_content, q_pos, k_content, k_pos, v)
     given = [x for x in tensors if x is not None]
     autocast = torch.is_autocast_enabled(v.device.type)
-    dtypes = [reference.compute_dtype(x) if autocast else x.dtype for x in given]
+    dtypes = [compute_dtype(x) if autocast else x.dtype for x in given]
     widest = max(x.shape[-1] for x in given)
     backend = _backends.select("modulated_cross_attention", q_content, _LIMITS, dtypes, widest, scale)
     if scale is None:
@@ -88,7 +90,7 @@ def modulated_cross_attention(
         or s == 0
         or v.device.type not in ("cpu", "cuda")
         or any(x != dtype for x in dtypes)
-        or _backends.transformed()
+        or transformed()
     ):
         return reference.modulated_cross_attention(
             q_content,
@@ -102,7 +104,7 @@ def modulated_cross_attention(
             dropout_p=dropout_p,
         )
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in given)
-    casted = (x if x is None or x.dtype == dtype else reference.saturate(x, dtype) for x in tensors)
+    casted = (x if x is None or x.dtype == dtype else saturate(x, dtype) for x in tensors)
     inputs: Any = (*casted, key_padding_mask, attn_mask)
     if backend == "torch":
         return attend(*inputs, scale=scale, grad=grad)

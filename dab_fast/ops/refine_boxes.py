@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from dab_fast import reference
+from dab_fast._tracing import constant
 from dab_fast.ops import _backends, _library
 from dab_fast.ops._checks import check_tensor
 
@@ -58,7 +59,7 @@ def refine_boxes(
     check_tensor("b3", b3, (*lead, 4), like=hidden)
     if not 0.0 < eps < 0.5:
         raise ValueError(f"eps must be in (0, 0.5), got {eps}")
-    eps = _library.constant(eps)
+    eps = constant(eps)
     tensors = (hidden, boxes, w1, b1, w2, b2, w3, b3)
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     backend = _backends.select("refine_boxes", hidden, _LIMITS, tensors)

@@ -14,10 +14,11 @@ from transformers.activations import GELUActivation, SiLUActivation
 from transformers.models.dab_detr import modeling_dab_detr as original
 
 from dab_fast import reference
+from dab_fast._tracing import compiling
 from dab_fast.adapters._fast import DropoutRates, Fast
 from dab_fast.adapters.huggingface import INVERSE_SIGMOID_EPS, canonical_name
 from dab_fast.config import Activation, DecoderConfig
-from dab_fast.decode import decode, predict_boxes
+from dab_fast.decoder import decode, predict_boxes
 from dab_fast.parameters import StepAside, gather
 
 
@@ -340,5 +341,5 @@ def _features(
 
 def _is_all_valid(mask: Tensor) -> bool:
     """Whether nothing is padded, where asking is free: on the CPU, and not while tracing."""
-    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    tracing = compiling() or torch.jit.is_tracing()
     return mask.device.type == "cpu" and not tracing and bool(mask.all())

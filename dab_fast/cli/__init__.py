@@ -1,0 +1,1 @@
+"""The command `dab-fast`; `main.py` reads its arguments."""

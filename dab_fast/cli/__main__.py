@@ -1,0 +1,6 @@
+"""python -m dab_fast.cli: the command `dab-fast`."""
+
+from dab_fast.cli.main import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""The decoder's dense parts as autograd Functions that keep for backward what is already there.
+
+A product with several joined weights keeps the parameters, not their joined copy; the FFN keeps its input and computes
+its wide inner activation again. Under torch.compile, torch.export and torch.func the plain compositions run, which
+those tools partition themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dab_fast._tracing import compiling, transformed
+
+Activation = Callable[..., Tensor]  # of the inner tensor and, for PReLU, its slope
+
+
+def joint_linear(
+    x: Tensor,  # [..., D]
+    weights: Sequence[Tensor],  # each [n_i, D]
+    biases: Sequence[Tensor],  # each [n_i]
+) -> Tensor:  # [..., sum of n_i]
+    """x cat(weights)^T + cat(biases)."""
+    if _plain(x, *weights, *biases):
+        return F.linear(x, torch.cat(tuple(weights)), torch.cat(tuple(biases)))
+    return _JointLinear.apply(x, *weights, *biases)
+
+
+def self_attention_projection(
+    x: Tensor,  # [N, D]: the content
+    pos: Tensor,  # [N, D]: the query position
+    weights: Sequence[Tensor],  # q, k, v of the content, q, k of the position; each [D, D]
+    bias: Tensor,  # [3 * D]: of q, k (content and position added) and v
+) -> Tensor:  # [N, 3 * D]: q, k, v
+    """q and k are projections of the content plus projections of the position, v is one of the content."""
+    if _plain(x, pos, *weights, bias):
+        qk, v = F.linear(x, torch.cat(tuple(weights[:3])), bias).split((2 * x.shape[-1], x.shape[-1]), -1)
+        return torch.cat((torch.addmm(qk, pos, torch.cat(tuple(weights[3:])).mT), v), -1)
+    return _SelfAttentionProjection.apply(x, pos, bias, *weights)
+
+
+def ffn(
+    x: Tensor,  # [N, D]
+    w1: Tensor,  # [F, D]
+    b1: Tensor,  # [F]
+    w2: Tensor,  # [D, F]
+    b2: Tensor,  # [D]
+    activation: Activation,
+    slope: Tensor | None,  # of PReLU
+    dropout_p: float,  # on the inner activation
+) -> Tensor:  # [N, D]
+    """W2 activation(W1 x + b1) + b2."""
+    slopes = () if slope is None else (slope,)
+    if dropout_p > 0 or _plain(x, w1, b1, w2, b2, *slopes):
+        inner = activation(F.linear(x, w1, b1), *slopes)
+        return F.linear(F.dropout(inner, dropout_p) if dropout_p > 0 else inner, w2, b2)
+    return _FFN.apply(activation, x, w1, b1, w2, b2, *slopes)
+
+
+def _plain(*tensors: Tensor) -> bool:
+    """Whether the plain composition serves: no gradient is asked for, or a tracer sees to memory itself."""
+    return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)) or compiling() or transformed()
+
+
+def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).to(dtype)
+
+
+def _join(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    return torch.cat(tuple(weights)).to(dtype)
+
+
+class _JointLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *params: Tensor) -> Tensor:
+        weights, biases = params[: len(params) // 2], params[len(params) // 2 :]
+        ctx.save_for_backward(x, *weights)
+        return F.linear(x, torch.cat(weights), torch.cat(biases))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        d_y = _rows(d_y, d_y.dtype)
+        sizes = [w.shape[0] for w in weights]
+        d_x: Tensor | None = None
+        d_weights: Sequence[Tensor | None] = [None] * len(weights)
+        if ctx.needs_input_grad[0]:
+            d_x = (d_y @ _join(weights, d_y.dtype)).view(x.shape)
+        if any(ctx.needs_input_grad[1 : 1 + len(weights)]):
+            d_weights = (d_y.mT @ _rows(x, d_y.dtype)).split(sizes)
+        return (d_x, *d_weights, *d_y.sum(0).split(sizes))
+
+
+class _SelfAttentionProjection(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, pos: Tensor, bias: Tensor, *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(x, pos, *weights)
+        qkv = F.linear(x, torch.cat(weights[:3]), bias)
+        qkv[:, : 2 * x.shape[-1]].addmm_(pos.to(qkv.dtype), _join(weights[3:], qkv.dtype).mT)
+        return qkv
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_qkv: Tensor) -> tuple[Tensor | None, ...]:
+        x, pos, *weights = ctx.saved_tensors
+        d, dtype = x.shape[-1], d_qkv.dtype
+        d_qk = d_qkv[:, : 2 * d]
+        d_x = d_pos = None
+        if ctx.needs_input_grad[0]:
+            d_x = d_qkv @ _join(weights[:3], dtype)
+        if ctx.needs_input_grad[1]:
+            d_pos = d_qk @ _join(weights[3:], dtype)
+        d_weights: list[Tensor | None] = [None] * 5
+        if any(ctx.needs_input_grad[3:]):
+            d_weights = [*(d_qkv.mT @ x.to(dtype)).split(d), *(d_qk.mT @ pos.to(dtype)).split(d)]
+        return (d_x, d_pos, d_qkv.sum(0), *d_weights)
+
+
+class _FFN(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, activation: Activation, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, *slope: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x, w1, b1, w2, *slope)
+        ctx.activation = activation
+        return F.linear(activation(F.linear(x, w1, b1), *slope), w2, b2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, w1, b1, w2, *slope = (t.to(d_y.dtype) for t in ctx.saved_tensors)
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_() for t in (F.linear(x, w1, b1), *slope)]
+            activated = ctx.activation(*leaves)
+        d_inner, *d_slope = torch.autograd.grad(activated, leaves, d_y @ w2)
+        _, need_x, need_w1, _, need_w2, *_ = ctx.needs_input_grad
+        d_x = d_inner @ w1 if need_x else None
+        d_w1 = d_inner.mT @ x if need_w1 else None
+        d_w2 = d_y.mT @ activated.detach() if need_w2 else None
+        return (None, d_x, d_w1, d_inner.sum(0), d_w2, d_y.sum(0), *d_slope)
