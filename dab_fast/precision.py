@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,3 +35,20 @@ def saturate(x: Tensor, dtype: torch.dtype) -> Tensor:
         limit = torch.finfo(dtype).max
         x = x.clamp(-limit, limit)
     return x.to(dtype)
+
+
+@functools.cache
+def clamp_passes_at_bounds() -> bool:
+    """Whether the installed torch's clamp passes the gradient where x is exactly a bound: torch < 2.14 does.
+
+    The original models follow their torch there, and so do the specification and the kernels' gradients.
+    """
+
+    def probe() -> bool:
+        x = torch.zeros((), requires_grad=True)
+        node: Any = x.clamp(min=0).grad_fn
+        return bool(node(torch.ones(())))  # without autograd's engine, whose threads no fork survives
+
+    # A new thread has none of the caller's modes: inference, fake tensors, torch.func, a default device.
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(probe).result()

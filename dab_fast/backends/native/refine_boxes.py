@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dab_fast import precision
 from dab_fast.backends.native._call import run
-from dab_fast.precision import autocast_off
 
 
 def forward(
@@ -25,7 +25,7 @@ def forward(
     keep: bool,
 ) -> list[Tensor]:  # [..., 4] and, with `keep`, what the two relus give, [..., D] each, all in float32
     """The refined boxes."""
-    with autocast_off(hidden):
+    with precision.autocast_off(hidden):
         h1 = _relu_layer(hidden.float(), w1, b1)
         h2 = _relu_layer(h1, w2, b2)
     refined = h2.new_empty((*hidden.shape[:-1], 4))
@@ -67,7 +67,7 @@ def backward(
     d_weights: list[Tensor] = []
     if d_h2 is not None:
         rows, rows1, rows2 = (_rows(x, w1) for x in (hidden, h1, h2))
-        with autocast_off(hidden):
+        with precision.autocast_off(hidden):
             d_a2 = _relu_backward(_rows(d_h2, w1), rows2)
             d_a1 = _relu_backward(d_a2 @ w2.float(), rows1)
             if need_hidden:
@@ -123,4 +123,5 @@ def _tail_backward(
     results = (d_h2, d_boxes, *((None, None) if sums is None else (sums[: 4 * d], sums[6 * d :])))
     inputs = (h2, boxes, w3, None, refined, d_refined)
     columns = 0 if sums is None else 4 * d + 4
-    run("box_tail_backward", (boxes.shape[-1], d, eps), inputs, results, sums=columns)
+    options = (boxes.shape[-1], d, eps, precision.clamp_passes_at_bounds())
+    run("box_tail_backward", options, inputs, results, sums=columns)
