@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from dab_fast.bench import rows
-from dab_fast.ops._backends import architecture
+from dab_fast.ops._trust import architecture
 
 # The test files that prove a backend's kernels of an op.
 PROOFS = {

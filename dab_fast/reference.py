@@ -196,9 +196,14 @@ def mlp(params: Parameters, name: str, x: Tensor) -> Tensor:
     return linear(params, f"{name}.layers.1", F.relu(linear(params, f"{name}.layers.0", x)))
 
 
-def box_mlp(params: Parameters, config: DecoderConfig, layer: int) -> tuple[Tensor, ...]:
+def has_shared_box_mlp(params: Parameters) -> bool:
+    """Whether one box MLP serves all layers, rather than one each."""
+    return "bbox_embed.layers.0.weight" in params
+
+
+def box_mlp(params: Parameters, layer: int) -> tuple[Tensor, ...]:
     """w1, b1, w2, b2, w3, b3 of the box MLP that refines the anchors after `layer`."""
-    name = "bbox_embed" if config.bbox_embed == "shared" else f"bbox_embed.{layer}"
+    name = "bbox_embed" if has_shared_box_mlp(params) else f"bbox_embed.{layer}"
     return tuple(params[f"{name}.layers.{i}.{kind}"] for i in range(3) for kind in ("weight", "bias"))
 
 
@@ -325,7 +330,7 @@ def decode(
         )
         outputs.append(layer_norm(params, "norm", x))
         if config.bbox_embed is not None and layer < config.num_layers - 1:
-            refined = refine_boxes(x, anchors, *box_mlp(params, config, layer), eps=config.inverse_sigmoid_eps)
+            refined = refine_boxes(x, anchors, *box_mlp(params, layer), eps=config.inverse_sigmoid_eps)
             references.append(refined[..., : config.query_dim])
             anchors = references[-1].detach()
     hidden_states, reference_points = torch.stack(outputs), torch.stack(references)
@@ -336,15 +341,16 @@ def decode(
 
 def predict_boxes(
     params: Parameters,  # of the box MLP(s), under "bbox_embed"
-    config: DecoderConfig,
     hidden_states: Tensor,  # [L, B, Q, D]: normed
     reference_points: Tensor,  # [L, B, Q, query_dim], attached; [1, ...] when nothing refined them
+    *,
+    eps: float,  # of the inverse sigmoid
 ) -> Tensor:  # [L, B, Q, 4]
     """The head outside the decoder: the same box MLP on the normed stack refines the stack of reference points."""
     reference_points = reference_points.expand(hidden_states.shape[0], -1, -1, -1)
     return torch.stack(
         [
-            refine_boxes(x, anchors, *box_mlp(params, config, layer), eps=config.inverse_sigmoid_eps)
+            refine_boxes(x, anchors, *box_mlp(params, layer), eps=eps)
             for layer, (x, anchors) in enumerate(zip(hidden_states, reference_points, strict=True))
         ]
     )

@@ -59,7 +59,7 @@ def warmup(
                     if config.bbox_embed == "shared":  # the prediction head reads the stack of all layers
                         stack = hidden[:1].expand(config.num_layers, -1, -1, -1)
                         boxes = references[:1].expand(config.num_layers, -1, -1, -1)
-                        mlp = box_mlp(params, short, 0)
+                        mlp = box_mlp(params, 0)
                         total += ops.refine_boxes(stack, boxes, *mlp, eps=config.inverse_sigmoid_eps).sum()
                 if training:
                     total.backward()

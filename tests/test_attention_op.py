@@ -144,7 +144,7 @@ def test_opcheck():
         args = (*tensors.values(), padding, None, rng, 0.2, 0.1, True, "triton")
         torch.library.opcheck(torch.ops.dab_fast.modulated_cross_attention.default, args)
         out, stats = torch.ops.dab_fast.modulated_cross_attention(*args)
-        args = (torch.randn_like(out), *args[:8], out, stats, 0.2, 0.1, True, False, True, True, True, "triton")
+        args = (torch.randn_like(out), *args[:8], out, stats, 0.2, 0.1, [True, False, True, True, True], "triton")
         torch.library.opcheck(torch.ops.dab_fast.modulated_cross_attention_backward.default, args)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dab_fast import ops
-from dab_fast.ops import _backends
+from dab_fast.ops import _backends, _trust
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 OP = "box_position_embed"
@@ -72,7 +72,7 @@ def test_auto_trusts_only_validated_architectures(h100, monkeypatch):
     assert names == ("torch",)
     assert "triton: no committed GPU run validated it on sm_90" in why
     assert _backends._candidates("triton", OP, "cuda", 0) == (("triton",), "")
-    monkeypatch.setattr(_backends, "_validated", lambda: {OP: {"triton": {"sm_90": {}}}})
+    monkeypatch.setattr(_trust, "_validated", lambda: {OP: {"triton": {"sm_90": {}}}})
     assert _backends._candidates("auto", OP, "cuda", 0)[0] == ("triton", "torch")
     assert _backends._candidates("auto", "refine_boxes", "cuda", 0)[0] == ("torch",)
 
@@ -85,7 +85,7 @@ def test_one_log_line_with_the_same_words(forget, caplog):
     no_native = "modulated_cross_attention"
     with caplog.at_level(logging.INFO, "dab_fast"):
         for _ in range(3):
-            _backends.select(no_native, torch.rand(1), {})
+            _backends.select(no_native, torch.rand(1), [torch.float32], 8, None)
     (record,) = caplog.records
     assert record.levelno == logging.INFO
     assert record.message.startswith(f"{no_native} on cpu runs in plain PyTorch (native: it has no {no_native}; ")
@@ -98,7 +98,7 @@ def test_gpu_fallback_is_a_warning(forget, caplog):
 
 
 def test_validated_record_is_well_formed():
-    record = _backends._validated()
+    record = _trust._validated()
     assert set(record) <= {OP, "refine_boxes", "modulated_cross_attention"}
     for by_backend in record.values():
         assert set(by_backend) <= {"triton", "native"}

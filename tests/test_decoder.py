@@ -78,8 +78,8 @@ def test_equals_the_specification(variant, mask):
     ours = model(*inputs, **kwargs)
     theirs = reference.decode(params, config, *inputs, **kwargs)
     has_boxes = config.bbox_embed is not None
-    our_boxes = predict_boxes(params, config, *ours) if has_boxes else None
-    their_boxes = reference.predict_boxes(params, config, *theirs) if has_boxes else None
+    our_boxes = predict_boxes(params, *ours, eps=config.inverse_sigmoid_eps) if has_boxes else None
+    their_boxes = reference.predict_boxes(params, *theirs, eps=config.inverse_sigmoid_eps) if has_boxes else None
     for a, b in zip((*ours, our_boxes), (*theirs, their_boxes), strict=True):
         if a is not None:
             assert a.isfinite().all()

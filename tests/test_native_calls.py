@@ -46,7 +46,7 @@ def test_same_bits_for_any_number_of_threads():
 def _digest(inputs, gradients):
     """Of what the kernels alone compute, with several threads of their own."""
     results = native_embed.forward(*inputs, 128, 1e4, "yxwh", torch.float32, True)
-    results += native_embed.backward(*gradients, *inputs, 128, 1e4, "yxwh", True, True, True)
+    results += native_embed.backward(*gradients, *inputs, 128, 1e4, "yxwh", [True] * 3)
     return hashlib.sha256(b"".join(x.numpy().tobytes() for x in results)).hexdigest()
 
 

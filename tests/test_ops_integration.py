@@ -63,9 +63,9 @@ def test_opcheck_box_position_embed(permuted):
     torch.library.opcheck(torch.ops.dab_fast.box_position_embed.default, args)
     sine, query = embed(*inputs)
     for args in (
-        (sine, query, *inputs, 8, 1e4, "yxwh", True, True, True, "triton"),
-        (None, query, boxes, scale[0, 0], None, 8, 1e4, "yxwh", False, True, False, "triton"),
-        (sine, None, boxes, None, None, 8, 1e4, "xywh", True, False, False, "triton"),
+        (sine, query, *inputs, 8, 1e4, "yxwh", [True] * 3, "triton"),
+        (None, query, boxes, scale[0, 0], None, 8, 1e4, "yxwh", [False, True, False], "triton"),
+        (sine, None, boxes, None, None, 8, 1e4, "xywh", [True, False, False], "triton"),
     ):
         torch.library.opcheck(torch.ops.dab_fast.box_position_embed_backward.default, args)
 
@@ -79,8 +79,8 @@ def test_opcheck_refine_boxes(permuted):
     for keep in (False, True):
         torch.library.opcheck(forward, (hidden, boxes, w1, b1, w2, b2, w3, b3, 1e-3, keep, "triton"))
     refined, h1, h2 = forward(hidden, boxes, w1, b1, w2, b2, w3, b3, 1e-3, True, "triton")
-    for needs in ((True, True, True), (False, False, True), (True, False, False)):
-        args = (torch.rand_like(refined), refined, h1, h2, hidden, boxes, w1, w2, w3, 1e-3, *needs, "triton")
+    for needs in ([True] * 3, [False, False, True], [True, False, False]):
+        args = (torch.rand_like(refined), refined, h1, h2, hidden, boxes, w1, w2, w3, 1e-3, needs, "triton")
         torch.library.opcheck(torch.ops.dab_fast.refine_boxes_backward.default, args)
 
 

@@ -260,7 +260,7 @@ class Decoder(Workload):
         return reference.refine_boxes(
             hidden_states[-1],
             reference_points[-1],
-            *reference.box_mlp(head, _decoder_config(self.size), 0),
+            *reference.box_mlp(head, 0),
             eps=INVERSE_SIGMOID_EPS,
         )
 

@@ -25,8 +25,9 @@ from dab_fast import ops, reference
 from dab_fast._tracing import compiling, constant
 from dab_fast.config import DecoderConfig
 from dab_fast.decoder.dense import ffn, joint_linear, self_attention_projection
+from dab_fast.ops.modulated_cross_attention import AttentionMask, attend, attention_mask
 from dab_fast.precision import at_least_float32, compute_dtype, saturate
-from dab_fast.reference import DecoderOutput, Parameters, box_mlp, layer_norm, linear
+from dab_fast.reference import DecoderOutput, Parameters, box_mlp, has_shared_box_mlp, layer_norm, linear
 
 _SELF_CONTENT = ("sa_qcontent", "sa_kcontent", "sa_v")
 _SELF_POS = ("sa_qpos", "sa_kpos")
@@ -52,27 +53,26 @@ def decode(
     """`reference.decode` on the fused ops. Also returns every layer's output before the norm, [B, Q, D] each."""
     b, q, d = content.shape
     config = _with_constants(config)
+    queries, tokens = (x.unflatten(-1, (config.nhead, -1)) for x in (content, memory))
     layers = _Layers(
-        params,
-        config,
-        _views_per_layer(params, config.num_layers),
-        _self_attention_biases(params, config),
-        memory,
-        pos,
-        memory_key_padding_mask,
-        tgt_mask,
-        tgt_key_padding_mask,
-        memory_mask,
-        spatial_shape,
-        training,
-        (b, q),
+        params=params,
+        config=config,
+        views=_views_per_layer(params, config.num_layers),
+        self_biases=_self_attention_biases(params, config),
+        memory=memory,
+        pos=pos,
+        self_mask=attention_mask(tgt_key_padding_mask, tgt_mask, queries, queries),
+        cross_mask=attention_mask(memory_key_padding_mask, memory_mask, queries, tokens),
+        spatial_shape=spatial_shape,
+        training=training,
+        queries=(b, q),
     )
     recompute = recompute and torch.is_grad_enabled()
     keys = None if recompute else layers.keys(range(config.num_layers))
     refine_later = config.bbox_embed == "shared" and torch.is_grad_enabled()
 
     def refine(x: Tensor, anchors: Tensor, layer: int) -> Tensor:  # the refined anchors, [..., query_dim]
-        refined = ops.refine_boxes(x, anchors, *box_mlp(params, config, layer), eps=config.inverse_sigmoid_eps)
+        refined = ops.refine_boxes(x, anchors, *box_mlp(params, layer), eps=config.inverse_sigmoid_eps)
         return refined if config.query_dim == 4 else refined[..., : config.query_dim]
 
     # Everything that belongs to a query is a row here: [B * Q, ...].
@@ -114,18 +114,18 @@ def decode(
 
 def predict_boxes(
     params: Parameters,  # of the box MLP(s), under "bbox_embed"
-    config: DecoderConfig,
     hidden_states: Tensor,  # [L, B, Q, D]: normed
     reference_points: Tensor,  # [L, B, Q, query_dim], attached; [1, ...] when nothing refined them
+    *,
+    eps: float,  # of the inverse sigmoid
 ) -> Tensor:  # [L, B, Q, 4]
     """`reference.predict_boxes` on the fused op: one call where the layers share the box MLP."""
     reference_points = reference_points.expand(hidden_states.shape[0], -1, -1, -1)
-    eps = config.inverse_sigmoid_eps
-    if config.bbox_embed == "shared":
-        return ops.refine_boxes(hidden_states, reference_points, *box_mlp(params, config, 0), eps=eps)
+    if has_shared_box_mlp(params):
+        return ops.refine_boxes(hidden_states, reference_points, *box_mlp(params, 0), eps=eps)
     return torch.stack(
         [
-            ops.refine_boxes(x, anchors, *box_mlp(params, config, layer), eps=eps)
+            ops.refine_boxes(x, anchors, *box_mlp(params, layer), eps=eps)
             for layer, (x, anchors) in enumerate(zip(hidden_states, reference_points, strict=True))
         ]
     )
@@ -142,7 +142,7 @@ def _with_constants(config: DecoderConfig) -> DecoderConfig:
 _Keys = tuple[Tensor, Tensor, Tensor]  # k_content, v: [B, S, H, d]; k_pos: [B or 1, S, H, d]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Layers:
     """What every layer reads, and the layers on it."""
 
@@ -152,10 +152,8 @@ class _Layers:
     self_biases: Sequence[Tensor]  # per layer, [3 * D]
     memory: Tensor  # [B, S, D]
     pos: Tensor  # [B or 1, S, D]
-    memory_key_padding_mask: Tensor | None
-    tgt_mask: Tensor | None
-    tgt_key_padding_mask: Tensor | None
-    memory_mask: Tensor | None
+    self_mask: AttentionMask
+    cross_mask: AttentionMask
     spatial_shape: tuple[int, int] | None
     training: bool
     queries: tuple[int, int]  # B, Q
@@ -197,8 +195,7 @@ class _Layers:
         qkv = self_attention_projection(x, query_pos, weights, self.self_biases[layer])
         q, k, v = self._heads(qkv.unflatten(0, self.queries), 3)
         by_head = q.shape
-        masks = self.tgt_key_padding_mask, self.tgt_mask
-        x = self._attend(f"{name}.self_attn", f"{name}.norm1", x, (q, None, k, None, v), *masks)
+        x = self._attend(f"{name}.self_attn", f"{name}.norm1", x, (q, None, k, None, v), self.self_mask)
 
         q_content = linear(params, f"{name}.ca_qcontent_proj", x)
         q_pos = linear(params, f"{name}.ca_qpos_sine_proj", query_sine)
@@ -206,8 +203,8 @@ class _Layers:
             q_content = q_content + linear(params, f"{name}.ca_qpos_proj", query_pos)
             q_pos = q_pos + q_content
         q, q_pos = q_content.view(by_head), saturate(q_pos, q_pos.dtype).view(by_head)
-        masks = self.memory_key_padding_mask, self.memory_mask
-        x = self._attend(f"{name}.cross_attn", f"{name}.norm2", x, (q, q_pos, k_content, k_pos, cross_v), *masks)
+        tensors = q, q_pos, k_content, k_pos, cross_v
+        x = self._attend(f"{name}.cross_attn", f"{name}.norm2", x, tensors, self.cross_mask)
 
         update = ffn(
             x,
@@ -232,15 +229,9 @@ class _Layers:
         norm: str,
         x: Tensor,  # [B * Q, D]
         tensors: tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor],  # q, q_pos, k, k_pos, v; by head
-        key_padding_mask: Tensor | None,
-        attn_mask: Tensor | None,
+        mask: AttentionMask,
     ) -> Tensor:  # [B * Q, D]
-        attended = ops.modulated_cross_attention(
-            *tensors,
-            key_padding_mask=key_padding_mask,
-            attn_mask=attn_mask,
-            dropout_p=self._rate(self.config.attention_dropout),
-        )
+        attended = attend(*tensors, mask, dropout_p=self._rate(self.config.attention_dropout))
         return self._add_and_norm(x, linear(self.params, f"{attention}.out_proj", attended.reshape(x.shape)), norm)
 
     def _rate(self, dropout: float) -> float:

@@ -1,35 +1,33 @@
 """Which implementation runs an op: `torch` (plain PyTorch), `triton`, or `native` (the extension).
 
 The choice is `auto` unless `backend(...)` or the environment variable DAB_FAST_BACKEND, which wins, says otherwise.
-`auto` takes the first backend that can run these tensors, and a GPU kernel only on an architecture on which a committed
-GPU run validated it (`dab_fast/ops/validated.json`: {op: {backend: {architecture: record}}}). A backend chosen by name
-never falls back. Why a backend cannot run something is said in one place, `why_not`; the error, the log line and the
-reports quote it.
+`auto` takes the first backend that can run these tensors and is trusted with them (`_trust.py`). A backend chosen by
+name never falls back. Each backend says for itself why it cannot run something, by `why_not` and its `limits`; the
+error, the log line and the reports quote it.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import json
 import logging
 import os
-from collections.abc import Callable, Mapping
-from functools import cache
-from pathlib import Path
-from types import TracebackType
+from collections.abc import Callable
+from types import ModuleType, TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dab_fast._tracing import compiling, exporting, transformed
+from dab_fast.backends.native import limits as native_limits
+from dab_fast.backends.triton import limits as triton_limits
+from dab_fast.ops._trust import why_not_trusted
 
 BACKENDS = ("native", "triton", "torch")  # in the order in which `auto` tries them
-FASTER_ON_CPU = ("box_position_embed",)  # ops whose compiled code was measured faster than PyTorch: docs/extension.md
 VARIABLE = "DAB_FAST_BACKEND"
 
-Limits = Mapping[str, Callable[..., str | None]]  # backend: what its kernels cannot do with an op's arguments, or None
+# What a backend's kernels cannot do with an op's arguments: a function of the op's name, if there is one.
+_LIMITS: dict[str, ModuleType] = {"native": native_limits, "triton": triton_limits}
 
 logger = logging.getLogger("dab_fast")
 
@@ -85,59 +83,10 @@ def chosen_backend() -> str:
     return _choice
 
 
-def architecture(device: torch.device) -> str:
-    """The name under which validated.json records a GPU, such as sm_90."""
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
-
-
-@cache
-def _validated() -> dict[str, dict[str, dict[str, Any]]]:
-    return json.loads((Path(__file__).with_name("validated.json")).read_text())
-
-
-def _triton_why_not(device: torch.device) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if device.type == "cpu":
-        import triton
-
-        if not triton.knobs.runtime.interpret:
-            return "its kernels need a CUDA tensor, got cpu (TRITON_INTERPRET=1 runs them there, slowly)"
-    elif device.type != "cuda":
-        return f"its kernels need a CUDA tensor, got {device.type}"
-    elif torch.cuda.get_device_capability(device) < (8, 0):
-        return f"its kernels need sm_80 or newer, got {architecture(device)}"
-    return None
-
-
-def _native_why_not(op: str, device: torch.device) -> str | None:
-    if importlib.util.find_spec(f"dab_fast.backends.native.{op}") is None:
-        return f"it has no {op}"
-    try:
-        call = importlib.import_module("dab_fast.backends.native._call")
-    except ImportError as error:
-        return str(error)
-    return call.why_not(device)
-
-
 def why_not(name: str, op: str, device: torch.device, *, trusted_only: bool = False) -> str | None:
-    """Why backend `name` cannot run `op` on `device`, or None.
-
-    With `trusted_only`, also None only where `auto` may choose it: on a CPU compiled code that is faster, on a GPU
-    validated kernels.
-    """
-    if name == "torch":
-        return None
-    reason = _native_why_not(op, device) if name == "native" else _triton_why_not(device)
-    if reason is None and trusted_only:
-        if device.type == "cpu" and name == "triton":
-            return "the interpreter runs on request alone"
-        if device.type == "cpu" and op not in FASTER_ON_CPU:
-            return "on a CPU it was not measured faster than plain PyTorch"
-        if device.type == "cuda" and architecture(device) not in _validated().get(op, {}).get(name, {}):
-            return f"no committed GPU run validated it on {architecture(device)}"
-    return reason
+    """Why backend `name` cannot run `op` on `device`, or None. With `trusted_only` also why `auto` must not take it."""
+    reason = importlib.import_module(f"dab_fast.backends.{name}").why_not(op, device)
+    return why_not_trusted(name, op, device) if reason is None and trusted_only else reason
 
 
 def _candidates(choice: str, op: str, device_type: str, device_index: int | None) -> tuple[tuple[str, ...], str]:
@@ -160,32 +109,40 @@ _known: dict[tuple[str, str, torch.device], tuple[tuple[str, ...], str]] = {}
 _logged: set[tuple[str, torch.device, str]] = set()
 
 
-def select(op: str, x: Tensor, limits: Limits, *args: Any) -> str:
+def _choose(op: str, device: torch.device) -> tuple[tuple[str, ...], str]:
+    if compiling():
+        return _candidates(_choice, op, device.type, device.index)
+    key = (_choice, op, device)
+    found = _known.get(key)
+    if found is None:
+        found = _known[key] = _candidates(_choice, op, device.type, device.index)
+    return found
+
+
+def candidates(op: str, device: torch.device) -> tuple[str, ...]:
+    """The backends that may run `op` on a device, the first choice first; none where the one chosen by name cannot."""
+    return ("torch",) if exporting() else _choose(op, device)[0]
+
+
+def select(op: str, x: Tensor, *args: Any) -> str:
     """The backend that runs `op` on the device of x.
 
     Args:
-        limits: for a backend, the function that says of `args` what its kernels cannot do with them, or None.
+        args: what the backends' `limits.<op>` look at.
 
     Raises:
         BackendUnavailable: the backend chosen by name cannot, with the reason.
     """
     if exporting():
         return "torch"  # an exported graph must not depend on this package
-    traced = compiling()
-    if traced:
-        names, why = _candidates(_choice, op, x.device.type, x.device.index)
-    else:
-        key = (_choice, op, x.device)
-        found = _known.get(key)
-        if found is None:
-            found = _known[key] = _candidates(_choice, op, x.device.type, x.device.index)
-        names, why = found
+    names, why = _choose(op, x.device)
     if transformed():
         names, why = tuple(n for n in names if n == "torch"), "torch.func and forward-mode AD need plain PyTorch"
     for name in names:
-        reason = limits[name](*args) if name in limits else None
+        limit = getattr(_LIMITS.get(name), op, None)
+        reason = None if limit is None else limit(*args)
         if reason is None:
-            if why and name == "torch" and not traced:
+            if why and name == "torch" and not compiling():
                 _log_fallback(op, x.device, why)
             return name
         why = f"{why}; {name}: {reason}" if why else f"{name}: {reason}"

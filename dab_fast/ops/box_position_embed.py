@@ -10,8 +10,9 @@ from torch.autograd.function import once_differentiable
 
 from dab_fast import reference
 from dab_fast._tracing import constant
-from dab_fast.ops import _backends, _library
+from dab_fast.ops import _backends
 from dab_fast.ops._checks import check_tensor
+from dab_fast.ops._library import define
 from dab_fast.precision import at_least_float32
 
 
@@ -41,13 +42,13 @@ def sine_embed(
     """
     _check_embedding("coordinates", coordinates, num_feats, order)
     temperature = constant(temperature)
-    backend = _backends.select("box_position_embed", coordinates, _LIMITS, coordinates.dtype, num_feats, (coordinates,))
+    backend = _backends.select("box_position_embed", coordinates, coordinates.dtype, num_feats, (coordinates,))
     if backend == "torch":
         return reference.sine_embed(coordinates, num_feats, temperature, order)
     args = (coordinates, None, None, num_feats, temperature, order, coordinates.dtype, False, backend)
     if torch.is_grad_enabled() and coordinates.requires_grad:
         return _BoxPositionEmbed.apply(*args)[0]
-    return _library.box_position_embed(*args)[0]
+    return _forward(*args)[0]
 
 
 def box_position_embed(
@@ -99,7 +100,7 @@ def box_position_embed(
     dtype = dtype or boxes.dtype
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be floating point, got {dtype}")
-    backend = _backends.select("box_position_embed", boxes, _LIMITS, dtype, num_feats, (boxes, scale, ref_size_logits))
+    backend = _backends.select("box_position_embed", boxes, dtype, num_feats, (boxes, scale, ref_size_logits))
     if backend == "torch":
         return reference.box_position_embed(
             boxes, scale, ref_size_logits, num_feats=num_feats, temperature=temperature, order=order, dtype=dtype
@@ -110,8 +111,43 @@ def box_position_embed(
     args = (boxes, scale, ref_size_logits, num_feats, temperature, order, dtype, True, backend)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in args[:3]):
         return _BoxPositionEmbed.apply(*args)
-    sine, query_sine = _library.box_position_embed(*args)
+    sine, query_sine = _forward(*args)
     return sine, query_sine
+
+
+def _fake_forward(
+    boxes: Tensor,  # [..., n]
+    scale: Tensor | None,  # [..., 2 * num_feats], [..., 1] or [2 * num_feats]
+    ref_size_logits: Tensor | None,  # [..., 2]
+    num_feats: int,
+    temperature: float,
+    order: str,
+    dtype: torch.dtype,
+    query: bool,  # False: the sine embedding alone
+    backend: str,
+) -> list[Tensor]:  # [..., n * num_feats] and, with `query`, [..., 2 * num_feats]
+    widths = (boxes.shape[-1], 2) if query else (boxes.shape[-1],)
+    return [boxes.new_empty((*boxes.shape[:-1], n * num_feats), dtype=dtype) for n in widths]
+
+
+def _fake_backward(
+    d_sine: Tensor | None,  # [..., n * num_feats]
+    d_query_sine: Tensor | None,  # [..., 2 * num_feats]
+    boxes: Tensor,  # [..., n]
+    scale: Tensor | None,
+    ref_size_logits: Tensor | None,
+    num_feats: int,
+    temperature: float,
+    order: str,
+    needs: list[bool],  # of the three
+    backend: str,
+) -> list[Tensor]:  # those needed of d_boxes, d_scale, d_ref_size_logits, as the inputs are
+    inputs = (boxes, scale, ref_size_logits)
+    return [x.new_empty(x.shape) for x, need in zip(inputs, needs, strict=True) if need and x is not None]
+
+
+_forward = define("box_position_embed", _fake_forward)
+_backward = define("box_position_embed_backward", _fake_backward)
 
 
 class _BoxPositionEmbed(torch.autograd.Function):
@@ -132,21 +168,13 @@ class _BoxPositionEmbed(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.options = num_feats, temperature, order
         ctx.backend = backend
-        return tuple(
-            _library.box_position_embed(
-                boxes, scale, ref_size_logits, num_feats, temperature, order, dtype, query, backend
-            )
-        )
+        return tuple(_forward(boxes, scale, ref_size_logits, num_feats, temperature, order, dtype, query, backend))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_sine: Tensor | None, d_query_sine: Tensor | None = None) -> tuple[Tensor | None, ...]:
         needs = tuple(need and (d_query_sine is not None or x == 0) for x, need in enumerate(ctx.needs_input_grad[:3]))
-        found = iter(
-            _library.box_position_embed_backward(
-                d_sine, d_query_sine, *ctx.saved_tensors, *ctx.options, *needs, ctx.backend
-            )
-        )
+        found = iter(_backward(d_sine, d_query_sine, *ctx.saved_tensors, *ctx.options, list(needs), ctx.backend))
         return (*(next(found) if need else None for need in needs), *(None,) * 6)
 
 
@@ -158,30 +186,3 @@ def _check_embedding(name: str, x: Tensor, num_feats: int, order: str) -> None:
         raise ValueError(f'order must be "yxwh" or "xywh", got {order!r}')
     if order == "yxwh" and x.shape[-1] < 2:
         raise ValueError(f'{name} must have shape [..., 2 or more] for order "yxwh", got {list(x.shape)}')
-
-
-Tensors = tuple[Tensor | None, ...]  # boxes, and whatever modulates them
-
-
-def _triton_limit(dtype: torch.dtype, num_feats: int, tensors: Tensors) -> str | None:
-    return "its kernels compute in float32, got float64" if dtype == torch.float64 else None
-
-
-def _native_limit(dtype: torch.dtype, num_feats: int, tensors: Tensors) -> str | None:
-    boxes = tensors[0]
-    assert boxes is not None
-    doubles = [x is not None and x.dtype == torch.float64 for x in tensors]
-    if boxes.is_cuda and (dtype == torch.float64 or any(doubles)):
-        return "its CUDA kernels compute in float32, got float64"
-    if any(doubles) and not doubles[0]:
-        return f"its kernels compute as precisely as boxes, {boxes.dtype}, got float64"
-    if num_feats > 512:
-        return f"its kernels take num_feats up to 512, got {num_feats}"
-    if boxes.shape[-1] not in (1, 2, 4):
-        return f"its kernels take 1, 2 or 4 coordinates, got {boxes.shape[-1]}"
-    if boxes.numel() >= 2**31:
-        return f"its kernels count boxes in 31 bits, got {list(boxes.shape)}"
-    return None
-
-
-_LIMITS = {"triton": _triton_limit, "native": _native_limit}

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dab_fast import reference
-from dab_fast._tracing import constant, transformed
-from dab_fast.backends.torch.modulated_cross_attention import attend
-from dab_fast.backends.triton.configs import WIDEST_HEAD
-from dab_fast.ops import _backends, _library
+from dab_fast._tracing import constant
+from dab_fast.backends.torch import modulated_cross_attention as in_pytorch
+from dab_fast.ops import _backends
 from dab_fast.ops._checks import check_tensor
+from dab_fast.ops._library import define
 from dab_fast.precision import compute_dtype, saturate
 
 
@@ -56,10 +56,56 @@ def modulated_cross_attention(
 
     Source: conditional cross-attention of IDEA-Research/DAB-DETR, `TransformerDecoderLayer.forward` and `attention.py`.
     """
-    check_tensor("q_content", q_content, ("B", "Q", "H", "d"))
+    mask = attention_mask(key_padding_mask, attn_mask, q_content, k_content)
+    return attend(q_content, q_pos, k_content, k_pos, v, mask, scale=scale, dropout_p=dropout_p)
+
+
+class AttentionMask(NamedTuple):
+    """Which keys a query must not see, for any number of calls of `attend`."""
+
+    key_padding_mask: Tensor | None  # bool [B, S], True = padded
+    attn_mask: Tensor | None  # bool [Q, S] or [B * H, Q, S], True = hidden
+    merged: in_pytorch.Merged | None  # both in one, where plain PyTorch is the first choice
+
+
+def attention_mask(
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    queries: Tensor,  # [B, Q, H, ...]
+    keys: Tensor,  # [B, S, H, ...]
+) -> AttentionMask:
+    """The masks of `modulated_cross_attention`, checked; merged here once, where each layer would do it again."""
+    check_tensor("q_content", queries, ("B", "Q", "H", "d"))
+    b, q, h, _ = queries.shape
+    check_tensor("k_content", keys, (b, "S", h, "d"), like=queries)
+    s = keys.shape[1]
+    if key_padding_mask is None and attn_mask is None:
+        return AttentionMask(None, None, None)
+    if key_padding_mask is not None:
+        check_tensor("key_padding_mask", key_padding_mask, (b, s), like=queries, boolean=True)
+    if attn_mask is not None:
+        shape = (q, s) if attn_mask.dim() == 2 else (b * h, q, s)
+        check_tensor("attn_mask", attn_mask, shape, like=queries, boolean=True)
+    in_turn = _backends.candidates("modulated_cross_attention", queries.device)
+    merged = in_pytorch.merge(key_padding_mask, attn_mask, h) if in_turn[:1] == ("torch",) else None
+    return AttentionMask(key_padding_mask, attn_mask, merged)
+
+
+def attend(
+    q_content: Tensor,  # [B, Q, H, d]
+    q_pos: Tensor | None,  # [B, Q, H, d_pos]
+    k_content: Tensor,  # [B, S, H, d]
+    k_pos: Tensor | None,  # [B or 1, S, H, d_pos]
+    v: Tensor,  # [B, S, H, d_v]
+    mask: AttentionMask,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:  # [B, Q, H, d_v]
+    """`modulated_cross_attention` with its masks made ready by `attention_mask`."""
     b, q, h, d = q_content.shape
-    check_tensor("k_content", k_content, (b, "S", h, d), like=q_content)
     s = k_content.shape[1]
+    check_tensor("k_content", k_content, (b, s, h, d), like=q_content)
     check_tensor("v", v, (b, s, h, "d_v"), like=q_content)
     if (q_pos is None) != (k_pos is None):
         raise ValueError("q_pos and k_pos must be given together, or both be None")
@@ -68,11 +114,6 @@ def modulated_cross_attention(
         check_tensor("k_pos", k_pos, ("B or 1", s, h, q_pos.shape[-1]), like=q_content)
         if k_pos.shape[0] not in (1, b):
             raise ValueError(f"k_pos must have shape [{b} or 1, {s}, {h}, {q_pos.shape[-1]}], got {list(k_pos.shape)}")
-    if key_padding_mask is not None:
-        check_tensor("key_padding_mask", key_padding_mask, (b, s), like=q_content, boolean=True)
-    if attn_mask is not None:
-        shape = (q, s) if attn_mask.dim() == 2 else (b * h, q, s)
-        check_tensor("attn_mask", attn_mask, shape, like=q_content, boolean=True)
     dropout_p = constant(dropout_p)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
@@ -81,40 +122,73 @@ def modulated_cross_attention(
     autocast = torch.is_autocast_enabled(v.device.type)
     dtypes = [compute_dtype(x) if autocast else x.dtype for x in given]
     widest = max(x.shape[-1] for x in given)
-    backend = _backends.select("modulated_cross_attention", q_content, _LIMITS, dtypes, widest, scale)
+    backend = _backends.select("modulated_cross_attention", q_content, dtypes, widest, scale)
     if scale is None:
         scale = 1 / math.sqrt(d + (0 if q_pos is None else q_pos.shape[-1]))
-    dtype = dtypes[0]
-    if backend == "torch" and (
-        dropout_p > 0
-        or s == 0
-        or v.device.type not in ("cpu", "cuda")
-        or any(x != dtype for x in dtypes)
-        or transformed()
-    ):
+    masks = mask.key_padding_mask, mask.attn_mask
+    if backend == "torch" and in_pytorch.why_not_fused(dtypes, s, v.device, dropout_p) is not None:
         return reference.modulated_cross_attention(
-            q_content,
-            q_pos,
-            k_content,
-            k_pos,
-            v,
-            key_padding_mask=key_padding_mask,
-            attn_mask=attn_mask,
-            scale=scale,
-            dropout_p=dropout_p,
+            *tensors, key_padding_mask=masks[0], attn_mask=masks[1], scale=scale, dropout_p=dropout_p
         )
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in given)
-    casted = (x if x is None or x.dtype == dtype else saturate(x, dtype) for x in tensors)
-    inputs: Any = (*casted, key_padding_mask, attn_mask)
+    casted: Any = (x if x is None or x.dtype == dtypes[0] else saturate(x, dtypes[0]) for x in tensors)
     if backend == "torch":
-        return attend(*inputs, scale=scale, grad=grad)
+        return in_pytorch.attend(*casted, mask=mask.merged or in_pytorch.merge(*masks, h), scale=scale, grad=grad)
     rng = None
     if dropout_p > 0:
         # On the device, from its default generator: seeding, checkpointing and CUDA-graph replays see it.
         rng = torch.randint(-(2**63), 2**63 - 1, (2,), device=q_content.device)
     if grad:
-        return _ModulatedCrossAttention.apply(*inputs, rng, scale, dropout_p, backend)
-    return _library.modulated_cross_attention(*inputs, rng, scale, dropout_p, False, backend)[0]
+        return _ModulatedCrossAttention.apply(*casted, *masks, rng, scale, dropout_p, backend)
+    return _forward(*casted, *masks, rng, scale, dropout_p, False, backend)[0]
+
+
+def _fake_forward(
+    q_content: Tensor,  # [B, Q, H, d]
+    q_pos: Tensor | None,  # [B, Q, H, d_pos]
+    k_content: Tensor,  # [B, S, H, d]
+    k_pos: Tensor | None,  # [B or 1, S, H, d_pos]
+    v: Tensor,  # [B, S, H, d_v]
+    key_padding_mask: Tensor | None,  # bool [B, S], True = padded
+    attn_mask: Tensor | None,  # bool [Q, S] or [B * H, Q, S], True = hidden
+    rng: Tensor | None,  # int64 [2]: seed and offset of the dropout
+    scale: float,
+    dropout_p: float,
+    keep: bool,
+    backend: str,
+) -> list[Tensor]:  # [B, Q, H, d_v]; with `keep`, in float32, the softmax [2, B, H, Q] and, unless v is that, the first
+    b, q, h, _ = q_content.shape
+    results = [v.new_empty(b, q, h, v.shape[3])]
+    if keep:
+        results.append(v.new_empty(2, b, h, q, dtype=torch.float32))
+        if v.dtype != torch.float32:
+            results.append(v.new_empty(b, q, h, v.shape[3], dtype=torch.float32))
+    return results
+
+
+def _fake_backward(
+    d_out: Tensor,  # [B, Q, H, d_v]
+    q_content: Tensor,
+    q_pos: Tensor | None,
+    k_content: Tensor,
+    k_pos: Tensor | None,
+    v: Tensor,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    rng: Tensor | None,
+    out: Tensor,  # of the forward, float32
+    stats: Tensor,  # of the forward
+    scale: float,
+    dropout_p: float,
+    needs: list[bool],  # of the five
+    backend: str,
+) -> list[Tensor]:  # those needed of d_q_content, d_q_pos, d_k_content, d_k_pos, d_v, as the inputs are
+    inputs = (q_content, q_pos, k_content, k_pos, v)
+    return [x.new_empty(x.shape) for x, need in zip(inputs, needs, strict=True) if need and x is not None]
+
+
+_forward = define("modulated_cross_attention", _fake_forward)
+_backward = define("modulated_cross_attention_backward", _fake_backward)
 
 
 class _ModulatedCrossAttention(torch.autograd.Function):
@@ -134,7 +208,7 @@ class _ModulatedCrossAttention(torch.autograd.Function):
         backend: str,
     ) -> Tensor:  # [B, Q, H, d_v]
         inputs = (q_content, q_pos, k_content, k_pos, v, key_padding_mask, attn_mask, rng)
-        out, stats, *wide = _library.modulated_cross_attention(*inputs, scale, dropout_p, True, backend)
+        out, stats, *wide = _forward(*inputs, scale, dropout_p, True, backend)
         ctx.save_for_backward(*inputs, wide[0] if wide else out, stats)
         ctx.options = scale, dropout_p
         ctx.backend = backend
@@ -144,22 +218,5 @@ class _ModulatedCrossAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[:5]
-        found = iter(
-            _library.modulated_cross_attention_backward(d_out, *ctx.saved_tensors, *ctx.options, *needs, ctx.backend)
-        )
+        found = iter(_backward(d_out, *ctx.saved_tensors, *ctx.options, list(needs), ctx.backend))
         return (*(next(found) if need else None for need in needs), *(None,) * 6)
-
-
-def _triton_limits(dtypes: list[torch.dtype], widest: int, scale: float | None) -> str | None:
-    if any(dtype != dtypes[0] for dtype in dtypes):
-        return f"its kernels need one dtype for all tensors, got {', '.join(map(str, dtypes))}"
-    if dtypes[0] not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"its kernels compute in float32, float16 or bfloat16, got {dtypes[0]}"
-    if widest > WIDEST_HEAD:
-        return f"its heads are at most {WIDEST_HEAD} wide, got {widest}"
-    if scale is not None and scale <= 0:
-        return f"its kernels need a positive scale, got {scale}"
-    return None
-
-
-_LIMITS = {"triton": _triton_limits}

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
-from dab_fast import reference
 from dab_fast._tracing import constant
-from dab_fast.ops import _backends, _library
+from dab_fast.backends.torch import refine_boxes as in_pytorch
+from dab_fast.ops import _backends
 from dab_fast.ops._checks import check_tensor
+from dab_fast.ops._library import define
 
 
 def refine_boxes(
@@ -62,34 +62,54 @@ def refine_boxes(
     eps = constant(eps)
     tensors = (hidden, boxes, w1, b1, w2, b2, w3, b3)
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    backend = _backends.select("refine_boxes", hidden, _LIMITS, tensors)
+    backend = _backends.select("refine_boxes", hidden, tensors)
     if backend == "torch":
-        if recompute and grad:
-            refined = checkpoint(_composition, *tensors, eps, layered, use_reentrant=False, preserve_rng_state=False)
-            assert isinstance(refined, Tensor)
-            return refined
-        return _composition(*tensors, eps, layered)
+        return in_pytorch.run(tensors, eps=eps, layered=layered, recompute=recompute and grad)
     if grad:
         return _RefineBoxes.apply(*tensors, eps, recompute, backend)
-    return _library.refine_boxes(*tensors, eps, False, backend)[0]
+    return _forward(*tensors, eps, False, backend)[0]
 
 
-def _composition(
-    hidden: Tensor,
-    boxes: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    w3: Tensor,
-    b3: Tensor,
+def _fake_forward(
+    hidden: Tensor,  # [..., D]
+    boxes: Tensor,  # [..., 2 or 4]
+    w1: Tensor,  # [D, D], or [L, D, D] where hidden is [L, ..., D]; the others likewise
+    b1: Tensor,  # [D]
+    w2: Tensor,  # [D, D]
+    b2: Tensor,  # [D]
+    w3: Tensor,  # [4, D]
+    b3: Tensor,  # [4]
     eps: float,
-    layered: bool,
-) -> Tensor:
-    tensors = (hidden, boxes, w1, b1, w2, b2, w3, b3)
-    if layered:
-        return torch.stack([reference.refine_boxes(*layer, eps=eps) for layer in zip(*tensors, strict=True)])
-    return reference.refine_boxes(*tensors, eps=eps)
+    keep: bool,
+    backend: str,
+) -> list[Tensor]:  # [..., 4] and, with `keep`, what the two relus give, [..., D] each, all in float32
+    shapes = [(*hidden.shape[:-1], 4)] + [hidden.shape] * (2 * keep)
+    return [hidden.new_empty(shape, dtype=torch.float32) for shape in shapes]
+
+
+def _fake_backward(
+    d_refined: Tensor,  # [..., 4]
+    refined: Tensor,  # [..., 4]
+    h1: Tensor,  # [..., D]
+    h2: Tensor,  # [..., D]
+    hidden: Tensor,  # [..., D]
+    boxes: Tensor,  # [..., 2 or 4]
+    w1: Tensor,  # [D, D] or [L, D, D]
+    w2: Tensor,  # [D, D] or [L, D, D]
+    w3: Tensor,  # [4, D] or [L, 4, D]
+    eps: float,
+    needs: list[bool],  # of hidden, boxes, the weights
+    backend: str,
+) -> list[Tensor]:  # those needed of d_hidden; d_boxes; d_w1, d_w2, [(L,) 6 * D + 4] of w3, b1, b2, b3 in float32
+    results = [x.new_empty(x.shape) for x, need in zip((hidden, boxes), needs[:2], strict=True) if need]
+    if needs[2]:
+        results += [x.new_empty(x.shape) for x in (w1, w2)]
+        results.append(w1.new_empty((*w1.shape[:-2], 6 * hidden.shape[-1] + 4), dtype=torch.float32))
+    return results
+
+
+_forward = define("refine_boxes", _fake_forward)
+_backward = define("refine_boxes_backward", _fake_backward)
 
 
 class _RefineBoxes(torch.autograd.Function):
@@ -109,7 +129,7 @@ class _RefineBoxes(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         tensors = (hidden, boxes, w1, b1, w2, b2, w3, b3)
-        results = _library.refine_boxes(*tensors, eps, not recompute, backend)
+        results = _forward(*tensors, eps, not recompute, backend)
         ctx.save_for_backward(*tensors, *results)
         ctx.eps, ctx.backend = eps, backend
         return results[0]
@@ -119,12 +139,12 @@ class _RefineBoxes(torch.autograd.Function):
     def backward(ctx: Any, d_refined: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         tensors, refined = saved[:8], saved[8]
-        h1, h2 = saved[9:] or _library.refine_boxes(*tensors, ctx.eps, True, ctx.backend)[1:]
+        h1, h2 = saved[9:] or _forward(*tensors, ctx.eps, True, ctx.backend)[1:]
         hidden, boxes, w1, b1, w2, b2, w3, b3 = tensors
         needs = ctx.needs_input_grad
         need_weights = any(needs[2:8])
-        options = ctx.eps, needs[0], needs[1], need_weights, ctx.backend
-        found = iter(_library.refine_boxes_backward(d_refined, refined, h1, h2, hidden, boxes, w1, w2, w3, *options))
+        options = ctx.eps, [needs[0], needs[1], need_weights], ctx.backend
+        found = iter(_backward(d_refined, refined, h1, h2, hidden, boxes, w1, w2, w3, *options))
         d_hidden = next(found) if needs[0] else None
         d_boxes = next(found) if needs[1] else None
         if not need_weights:
@@ -142,20 +162,3 @@ class _RefineBoxes(torch.autograd.Function):
         )
         wanted = (x if need else None for x, need in zip(gradients, needs[2:8], strict=True))
         return d_hidden, d_boxes, *wanted, *(None,) * 3
-
-
-def _native_limit(tensors: tuple[Tensor, ...]) -> str | None:
-    if any(x.dtype == torch.float64 for x in tensors):
-        return "its kernels compute in float32, got float64"
-    if tensors[0].shape[:-1].numel() >= 2**31:
-        return f"its kernels count rows in 31 bits, got {list(tensors[0].shape)}"
-    return None
-
-
-def _triton_limit(tensors: tuple[Tensor, ...]) -> str | None:
-    if tensors[0].shape[-1] > 512:
-        return f"its kernels hold a row of hidden in registers, at most 512 wide, got {tensors[0].shape[-1]}"
-    return _native_limit(tensors[:1])
-
-
-_LIMITS = {"triton": _triton_limit, "native": _native_limit}

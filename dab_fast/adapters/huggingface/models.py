@@ -238,13 +238,7 @@ class DabDetrForObjectDetection(Fast, original.DabDetrForObjectDetection):
         hidden_states, reference_points = outputs.intermediate_hidden_states, outputs.reference_points
         logits = self.class_embed(hidden_states[-1])
         needed = slice(-1 if labels is None else None, None)  # layers
-        config = DecoderConfig(
-            d_model=self.config.hidden_size,
-            nhead=self.config.decoder_attention_heads,
-            query_dim=self.query_dim,
-            inverse_sigmoid_eps=INVERSE_SIGMOID_EPS,
-        )
-        boxes = predict_boxes(params, config, hidden_states[needed], reference_points[needed])
+        boxes = predict_boxes(params, hidden_states[needed], reference_points[needed], eps=INVERSE_SIGMOID_EPS)
 
         loss = loss_dict = auxiliary_outputs = None
         if labels is not None:

@@ -49,12 +49,10 @@ def backward(
     num_feats: int,
     temperature: float,
     order: str,
-    need_boxes: bool,
-    need_scale: bool,
-    need_logits: bool,
+    needs: list[bool],  # of boxes, scale, ref_size_logits
 ) -> list[Tensor]:  # those needed of d_boxes, d_scale, d_ref_size_logits
     """The gradients; the sines are computed again rather than kept."""
-    wanted = ((boxes, need_boxes), (scale, need_scale), (ref_size_logits, need_logits))
+    wanted = zip((boxes, scale, ref_size_logits), needs, strict=True)
     found = [x.new_empty(x.shape) if need and x is not None else None for x, need in wanted]
     results = [x for x in found if x is not None]
     if not boxes.numel() or (d_sine is None and d_query_sine is None):

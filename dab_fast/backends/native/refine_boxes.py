@@ -48,11 +48,10 @@ def backward(
     w2: Tensor,  # [D, D] or [L, D, D]
     w3: Tensor,  # [4, D] or [L, 4, D]
     eps: float,
-    need_hidden: bool,
-    need_boxes: bool,
-    need_weights: bool,
+    needs: list[bool],  # of hidden, boxes, the weights
 ) -> list[Tensor]:  # those needed of d_hidden; d_boxes; d_w1, d_w2, [(L,) 6 * D + 4] of w3, b1, b2, b3 in float32
     """The gradients; those of w3, b1, b2 and b3 follow one another in one tensor."""
+    need_hidden, need_boxes, need_weights = needs
     d = hidden.shape[-1]
     d_h2 = h2.new_empty(h2.shape) if need_hidden or need_weights else None
     d_boxes = boxes.new_empty(boxes.shape) if need_boxes else None

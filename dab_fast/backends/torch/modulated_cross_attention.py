@@ -9,8 +9,9 @@ the backward here computes the softmax again, as the specification does, from th
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dab_fast import reference
-from dab_fast._tracing import compiling, exporting
+from dab_fast._tracing import compiling, exporting, transformed
 from dab_fast.precision import at_least_float32, autocast_off
 
 # The scores of which the backward holds three matrices at a time: on a CPU what its cache does, on a GPU a gigabyte.
@@ -29,26 +30,54 @@ SCORES_AT_ONCE = {"cpu": 2**21, "cuda": 2**26}
 _FLAGS = threading.Lock()
 
 
+class Merged(NamedTuple):
+    """Both masks in one, bool, broadcastable to [B, H, Q, S]; all None where nothing is hidden."""
+
+    hidden: Tensor | None = None
+    visible: Tensor | None = None  # what is not hidden; every key where a query sees none
+    blind: Tensor | None = None  # broadcastable to [B, H, Q, 1]: queries that see no key
+
+
+def merge(key_padding_mask: Tensor | None, attn_mask: Tensor | None, heads: int) -> Merged:
+    hidden = reference.hidden_keys(key_padding_mask, attn_mask, heads)
+    if hidden is None:
+        return Merged()
+    blind = hidden.all(-1, keepdim=True)
+    return Merged(hidden, ~hidden | blind, blind)
+
+
+def why_not_fused(dtypes: Sequence[torch.dtype], keys: int, device: torch.device, dropout_p: float) -> str | None:
+    """Why the specification runs, which keeps every score, and not `attend`; None where `attend` serves."""
+    if dropout_p > 0:
+        return "dropout needs the weights"
+    if keys == 0:
+        return "there are no keys"
+    if device.type not in ("cpu", "cuda"):
+        return f"it was written for CPU and CUDA, got {device.type}"
+    if any(dtype != dtypes[0] for dtype in dtypes):
+        return f"it needs one dtype for all tensors, got {', '.join(map(str, dtypes))}"
+    if transformed():
+        return "torch.func and forward-mode AD need the specification"
+    return None
+
+
 def attend(
     q_content: Tensor,  # [B, Q, H, d]
     q_pos: Tensor | None,  # [B, Q, H, d_pos]
     k_content: Tensor,  # [B, S, H, d]
     k_pos: Tensor | None,  # [B or 1, S, H, d_pos]
     v: Tensor,  # [B, S, H, d_v]
-    key_padding_mask: Tensor | None,  # bool [B, S]
-    attn_mask: Tensor | None,  # bool [Q, S] or [B * H, Q, S]
     *,
+    mask: Merged,
     scale: float,
-    grad: bool,
+    grad: bool,  # whether a gradient is wanted
 ) -> Tensor:  # [B, Q, H, d_v]
-    """`reference.modulated_cross_attention` of tensors of one dtype, without dropout; `grad`: a gradient is wanted."""
-    b, _, h, _ = q_content.shape
-    hidden = reference.hidden_keys(key_padding_mask, attn_mask, h)
+    """`reference.modulated_cross_attention` of tensors of one dtype, without dropout."""
     if q_pos is not None and k_pos is not None:
         q_content = torch.cat((q_content, q_pos), -1)
-        k_content = torch.cat((k_content, k_pos.expand(b, -1, -1, -1)), -1)
+        k_content = torch.cat((k_content, k_pos.expand(k_content.shape[0], -1, -1, -1)), -1)
     q, k, v = (x.transpose(1, 2) for x in (q_content, k_content, v))
-    attended = (_Attention.apply if grad and not exporting() else _forward)(q, k, v, hidden, scale)
+    attended = (_Attention.apply if grad and not exporting() else _forward)(q, k, v, *mask, scale)
     return attended.transpose(1, 2)
 
 
@@ -56,7 +85,9 @@ def _forward(
     q: Tensor,  # [B, H, Q, d]
     k: Tensor,  # [B, H, S, d]
     v: Tensor,  # [B, H, S, d_v]
-    hidden: Tensor | None,  # bool, broadcastable to [B, H, Q, S]
+    hidden: Tensor | None,  # as in `Merged`
+    visible: Tensor | None,
+    blind: Tensor | None,
     scale: float,
 ) -> Tensor:  # [B, H, Q, d_v]
     """PyTorch's fused attention, with zeros where every key is hidden.
@@ -67,10 +98,6 @@ def _forward(
     on_cpu, d_v = v.device.type == "cpu", v.shape[-1]
     if on_cpu and d_v < q.shape[-1]:
         v = F.pad(v, (0, q.shape[-1] - d_v))
-    visible = blind = None
-    if hidden is not None:
-        blind = hidden.all(-1, keepdim=True)
-        visible = ~hidden | blind
     alone = nullcontext() if on_cpu or compiling() else _FLAGS
     kernels = nullcontext() if on_cpu else sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
     with alone, kernels:
@@ -82,10 +109,19 @@ def _forward(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        hidden: Tensor | None,
+        visible: Tensor | None,
+        blind: Tensor | None,
+        scale: float,
+    ) -> Tensor:
         ctx.save_for_backward(q, k, v, hidden)
         ctx.scale = scale
-        return _forward(q, k, v, hidden, scale)
+        return _forward(q, k, v, hidden, visible, blind, scale)
 
     @staticmethod
     @once_differentiable
@@ -97,7 +133,7 @@ class _Attention(torch.autograd.Function):
         blocks = [] if compiling() else _blocks(b, h, n * k.shape[2], v.device.type)
         with autocast_off(v):
             if len(blocks) < 2:
-                return (*_backward(d_out, q, k, v, hidden, ctx.scale, needs), None, None)
+                return (*_backward(d_out, q, k, v, hidden, ctx.scale, needs), *(None,) * 4)
             gradients = [x.new_empty(x.shape) if need else None for x, need in zip((q, k, v), needs, strict=True)]
             hidden = None if hidden is None else hidden.expand(b, h, -1, -1)
             for some in blocks:
@@ -106,7 +142,7 @@ class _Attention(torch.autograd.Function):
                 for gradient, part in zip(gradients, found, strict=True):
                     if gradient is not None:
                         gradient[some] = part
-        return (*gradients, None, None)
+        return (*gradients, *(None,) * 4)
 
 
 def _blocks(b: int, h: int, scores: int, device_type: str) -> list[tuple[slice, slice]]:

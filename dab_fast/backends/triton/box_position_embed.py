@@ -284,10 +284,9 @@ def backward(
     num_feats: int,
     temperature: float,
     order: str,
-    need_boxes: bool,
-    need_scale: bool,
-    need_logits: bool,
+    needs: list[bool],  # of boxes, scale, ref_size_logits
 ) -> list[Tensor]:  # those needed of d_boxes, d_scale, d_ref_size_logits, as the inputs are
+    need_boxes, need_scale, need_logits = needs
     *lead, coords = boxes.shape
     rows = math.prod(lead)
     kind = _scale_kind(boxes, scale)

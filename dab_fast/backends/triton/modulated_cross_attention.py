@@ -178,11 +178,8 @@ def backward(
     stats: Tensor,  # [2, B, H, Q], of the forward
     scale: float,
     dropout_p: float,
-    need_q_content: bool,
-    need_q_pos: bool,
-    need_k_content: bool,
-    need_k_pos: bool,
-    need_v: bool,
+    needs: list[bool],  # of q_content, q_pos, k_content, k_pos, v
+    *,
     query_config: AttentionConfig | None = None,
     key_config: AttentionConfig | None = None,
 ) -> list[Tensor]:
@@ -193,13 +190,7 @@ def backward(
     create = torch.zeros if out.numel() == 0 or S == 0 else torch.empty
     dq_content, dq_pos, dk_content, dk_pos, dv = gradients = [
         create(x.shape, dtype=x.dtype, device=x.device) if need and x is not None else None
-        for x, need in (
-            (q_content, need_q_content),
-            (q_pos, need_q_pos),
-            (k_content, need_k_content),
-            (k_pos, need_k_pos),
-            (v, need_v),
-        )
+        for x, need in zip((q_content, q_pos, k_content, k_pos, v), needs, strict=True)
     ]
     if create is torch.zeros:
         return [x for x in gradients if x is not None]
@@ -240,7 +231,7 @@ def backward(
             *shapes,
             **launch_options(D, DP, DV, arithmetic, query_config),
         )
-        if need_k_content or need_k_pos or need_v:
+        if any(needs[2:]):
             backward_key_kernel[(cdiv(S, key_config.block_s) * B * H,)](
                 *inputs,
                 rng,

@@ -311,11 +311,10 @@ def backward(
     w2: Tensor,  # [D, D] or [L, D, D]
     w3: Tensor,  # [4, D] or [L, 4, D]
     eps: float,
-    need_hidden: bool,
-    need_boxes: bool,
-    need_weights: bool,
+    needs: list[bool],  # of hidden, boxes, the weights
 ) -> list[Tensor]:
     """Those needed of d_hidden; d_boxes; d_w1, d_w2 and [(L,) 6 * D + 4] of w3, b1, b2, b3 in float32."""
+    need_hidden, need_boxes, need_weights = needs
     d = hidden.shape[-1]
     layers = w1.shape[0] if w1.dim() == 3 else 1
     rows = refined.numel() // (4 * layers) if layers else 0
