@@ -8,6 +8,7 @@ squares, however much of that sum cancels.
 """
 
 import itertools
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -416,3 +417,20 @@ def test_gradcheck_of_the_embedding(kind, order):
         assert torch.autograd.gradcheck(
             lambda *tensors: ops.box_position_embed(*tensors, num_feats=feats, order=order), inputs
         )
+
+
+def test_the_floor_is_that_of_the_terms_of_a_sum():
+    """Of which most may cancel: what is left of a hundred is one here."""
+    truth, eps = torch.ones(1, dtype=torch.float64), torch.finfo(torch.float32).eps
+    floor = eps / 2 + 2 * eps * 100
+    for factor in (0.9, 1.1):
+        ours = (truth + factor * floor).float()
+        with nullcontext() if factor < 1 else pytest.raises(AssertionError, match="floor"):
+            assert_as_good([ours], [truth.float()], [truth], [100 * truth])
+
+
+def test_the_root_of_the_squares_of_a_gradients_terms():
+    weights, d_out = torch.randn(1000).double(), torch.randn(64, 1000).double()
+    terms = root_of_squares(lambda x: x[:, None] * weights, [torch.ones(64).double()], [d_out])[1]
+    # Every sum of eight squares is right within some 1 / sqrt(4) of itself, and so are sixty-four within 1 / 16.
+    assert terms.norm().item() == pytest.approx((d_out * weights).norm().item(), rel=0.2)
