@@ -8,7 +8,12 @@ WORKERS ?= 2
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test sweep lint clean
+# Whose tolerances are to hold for any inputs.
+ACCURACY := $(addprefix tests/test_,native.py cuda_on_cpu.py bounds.py box_position_embed.py refine_boxes.py \
+	attention_kernel.py attention_op.py decoder.py triton_decoder.py)
+SEEDS ?= 0 1 2 3 4 5 6 7 8 9
+
+.PHONY: demo test sweep seeds lint clean
 
 demo: $(VENV)/.for-demo
 	$(BIN)/dab-fast demo
@@ -18,6 +23,9 @@ test: lint
 
 sweep: lint
 	$(PYTEST) -m "not gpu"
+
+seeds: $(VENV)/.for-test
+	for seed in $(SEEDS); do $(PYTEST) -m "not sweep and not gpu" --seed $$seed $(ACCURACY) || exit 1; done
 
 lint: $(VENV)/.for-test
 	$(BIN)/ruff check .

@@ -8,7 +8,8 @@
 // Modulation. m = sigmoid(logit) / size, with no epsilon.
 //
 // Box update. y = sigmoid(delta + inverse_sigmoid(x)), where inverse_sigmoid(x) = log(max(x, eps) / max(1 - x, eps))
-// for x clamped to [0, 1]; its derivative is [0 <= x <= 1] * ([x >= eps] / max(x, eps) + [1 - x >= eps] / max(1 - x, eps)).
+// for x clamped to [0, 1]; its derivative is [0 <= x <= 1] * ([x >= eps] / max(x, eps) + [1 - x >= eps] / max(1 - x, eps)),
+// with < for <= and > for >= unless `bounds_pass`: torch's clamp passed the gradient at its bounds and then no longer.
 //
 // Real is float or double. Comparisons are written so that a NaN passes through.
 #pragma once
@@ -97,11 +98,18 @@ DAB_INLINE Real inverse_sigmoid(Real x, Real eps) {
   return log_of(at_least(x, eps) / at_least(Real(1) - x, eps));
 }
 
+// Whether max(x, low) passes no gradient on to x.
 template <typename Real>
-DAB_INLINE Real inverse_sigmoid_derivative(Real x, Real eps) {
-  if (!(x >= Real(0) && x <= Real(1))) return Real(0);
+DAB_INLINE bool held(Real x, Real low, bool bounds_pass) {
+  return bounds_pass ? x < low : x <= low;
+}
+
+template <typename Real>
+DAB_INLINE Real inverse_sigmoid_derivative(Real x, Real eps, bool bounds_pass) {
   const Real rest = Real(1) - x;
-  return (x >= eps ? Real(1) / x : Real(0)) + (rest >= eps ? Real(1) / rest : Real(0));
+  if (held(x, Real(0), bounds_pass) || held(rest, Real(0), bounds_pass)) return Real(0);
+  return (held(x, eps, bounds_pass) ? Real(0) : Real(1) / x) +
+         (held(rest, eps, bounds_pass) ? Real(0) : Real(1) / rest);
 }
 
 // y = sigmoid(delta + inverse_sigmoid(x))

@@ -122,11 +122,12 @@ void bind_cpu(py::module_& m) {
         });
   m.def("cpu_box_position_embed_backward",
         [](const Rows& rows, int coordinates, int num_feats, double temperature, bool xywh, int scale_kind,
-           const Operand& boxes, const Operand& scale, const Operand& logits, const Operand& d_sine,
+           bool bounds_pass, const Operand& boxes, const Operand& scale, const Operand& logits, const Operand& d_sine,
            const Operand& d_query_sine, const Operand& d_boxes, const Operand& d_scale, const Operand& d_logits,
            int threads) {
           PositionEmbed p = position_embed(rows, coordinates, num_feats, xywh, scale_kind, boxes, scale, logits, d_sine,
                                            d_query_sine);
+          p.bounds_pass = bounds_pass;
           p.d_boxes = d_boxes;
           p.d_scale = d_scale;
           p.d_logits = d_logits;
@@ -141,11 +142,12 @@ void bind_cpu(py::module_& m) {
     dab_fast::cpu_box_tail(p, threads);
   });
   m.def("cpu_box_tail_backward",
-        [](const Rows& rows, int coordinates, int width, double eps, const Operand& hidden, const Operand& boxes,
-           const Operand& weight, const Operand& bias, const Operand& refined, const Operand& d_refined,
-           const Operand& d_hidden, const Operand& d_boxes, const Operand& d_weight, const Operand& d_bias,
-           int threads) {
+        [](const Rows& rows, int coordinates, int width, double eps, bool bounds_pass, const Operand& hidden,
+           const Operand& boxes, const Operand& weight, const Operand& bias, const Operand& refined,
+           const Operand& d_refined, const Operand& d_hidden, const Operand& d_boxes, const Operand& d_weight,
+           const Operand& d_bias, int threads) {
           BoxTail p = box_tail(rows, coordinates, width, eps, hidden, boxes, weight, bias, refined);
+          p.bounds_pass = bounds_pass;
           p.d_refined = d_refined;
           p.d_hidden = d_hidden;
           p.d_boxes = d_boxes;
@@ -172,11 +174,12 @@ void bind_cuda(py::module_& m) {
         });
   m.def("cuda_box_position_embed_backward",
         [](const Rows& rows, int coordinates, int num_feats, double temperature, bool xywh, int scale_kind,
-           const Operand& boxes, const Operand& scale, const Operand& logits, const Operand& d_sine,
+           bool bounds_pass, const Operand& boxes, const Operand& scale, const Operand& logits, const Operand& d_sine,
            const Operand& d_query_sine, const Operand& d_boxes, const Operand& d_scale, const Operand& d_logits,
            int64_t partial, int device, int64_t stream) {
           PositionEmbed p = position_embed(rows, coordinates, num_feats, xywh, scale_kind, boxes, scale, logits, d_sine,
                                            d_query_sine);
+          p.bounds_pass = bounds_pass;
           p.d_boxes = d_boxes;
           p.d_scale = d_scale;
           p.d_logits = d_logits;
@@ -190,11 +193,12 @@ void bind_cuda(py::module_& m) {
     dab_fast::cuda_box_tail(p, device, address(stream));
   });
   m.def("cuda_box_tail_backward",
-        [](const Rows& rows, int coordinates, int width, double eps, const Operand& hidden, const Operand& boxes,
-           const Operand& weight, const Operand& bias, const Operand& refined, const Operand& d_refined,
-           const Operand& d_hidden, const Operand& d_boxes, const Operand& d_weight, const Operand& d_bias,
-           int64_t partial, int device, int64_t stream) {
+        [](const Rows& rows, int coordinates, int width, double eps, bool bounds_pass, const Operand& hidden,
+           const Operand& boxes, const Operand& weight, const Operand& bias, const Operand& refined,
+           const Operand& d_refined, const Operand& d_hidden, const Operand& d_boxes, const Operand& d_weight,
+           const Operand& d_bias, int64_t partial, int device, int64_t stream) {
           BoxTail p = box_tail(rows, coordinates, width, eps, hidden, boxes, weight, bias, refined);
+          p.bounds_pass = bounds_pass;
           p.d_refined = d_refined;
           p.d_hidden = d_hidden;
           p.d_boxes = d_boxes;

@@ -44,6 +44,7 @@ struct PositionEmbed {
   Operand sine;        // [..., n*F]; backward: its gradient
   Operand query_sine;  // [..., 2F] or absent; backward: its gradient
   // backward only
+  bool bounds_pass = true;     // whether a clamp's gradient passes where its input is exactly a bound
   Operand d_boxes;             // [..., n]
   Operand d_scale;             // as scale
   Operand d_logits;            // [..., 2]
@@ -63,6 +64,7 @@ struct BoxTail {
   Operand bias;     // [4]
   Operand refined;  // [..., 4], float32 (float64 for float64 boxes)
   // backward only
+  bool bounds_pass = true;     // whether a clamp's gradient passes where its input is exactly a bound
   Operand d_refined;           // [..., 4]
   Operand d_hidden;            // [..., D]
   Operand d_boxes;             // [..., n]

@@ -9,10 +9,12 @@ Boxes, sine arguments, sigmoids and softmax are computed in at least float32 wha
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +50,23 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
+
+
+@functools.cache
+def clamp_passes_at_bounds() -> bool:
+    """Whether the installed torch's clamp passes the gradient where x is exactly a bound: torch < 2.14 does.
+
+    The original models follow their torch there, and so do this file and the kernels' gradients.
+    """
+
+    def probe() -> bool:
+        x = torch.zeros((), requires_grad=True)
+        node: Any = x.clamp(min=0).grad_fn
+        return bool(node(torch.ones(())))  # without autograd's engine, whose threads no fork survives
+
+    # A new thread has none of the caller's modes: inference, fake tensors, torch.func, a default device.
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(probe).result()
 
 
 def saturate(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -46,9 +46,13 @@ def poison_uninitialised_memory():
     torch.use_deterministic_algorithms(was)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--seed", type=int, default=0, help="of the random inputs; accuracy hangs on none")
+
+
 @pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
+def seed(request):
+    torch.manual_seed(request.config.getoption("seed"))
 
 
 @pytest.fixture(params=("ieee", "tf32"))

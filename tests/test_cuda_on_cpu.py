@@ -10,7 +10,7 @@ import torch
 
 from dab_fast import ops, reference
 from dab_fast.native import _call
-from tests.test_native import Tail, assert_as_good, results_and_gradients, some_boxes, tail
+from tests.test_native import Tail, assert_as_good, results_and_gradients, root_of_squares, some_boxes, tail
 
 ORDERS = (0, -1, 7)  # upwards, downwards, shuffled
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -30,7 +30,7 @@ def check(emulation, function, specification, make_inputs, rows, shapes):
             assert all(map(torch.equal, runs[0], run))
         doubles = [x if x is None else x.double() for x in inputs]
         theirs, exact = (results_and_gradients(specification, x, d_results) for x in (inputs, doubles))
-        draws.append((runs[0], theirs, exact))
+        draws.append((runs[0], theirs, exact, root_of_squares(specification, doubles, d_results)))
     assert_as_good(*([torch.cat(x) for x in zip(*results, strict=True)] for results in zip(*draws, strict=True)))
 
 
@@ -119,12 +119,14 @@ def test_nothing_around_the_operands_is_read_or_written(rows, width, cuda_on_cpu
             _call.run("box_position_embed", options, (boxes, scale, logits), found)
             grads = [wanted(rows, 4), wanted(*shape), wanted(rows, 2)]
             sums = 2 * width if kind == "row" else 0
-            _call.run("box_position_embed_backward", options, (boxes, scale, logits, d_sine, d_query), grads, sums)
+            inputs = (boxes, scale, logits, d_sine, d_query)
+            _call.run("box_position_embed_backward", (*options, True), inputs, grads, sums)
             results += found + grads
         options, out = (4, width, 1e-2), wanted(rows, 4)
         _call.run("box_tail", options, (hidden, boxes, weight, bias), (out,))
         grads = [wanted(rows, width), wanted(rows, 4), wanted(4 * width), wanted(4)]
-        _call.run("box_tail_backward", options, (hidden, boxes, weight, None, refined, d_refined), grads, 4 * width + 4)
+        inputs = (hidden, boxes, weight, None, refined, d_refined)
+        _call.run("box_tail_backward", (*options, True), inputs, grads, 4 * width + 4)
         results += [out, *grads]
     assert all(torch.isfinite(x).all() for x in results)
     assert all(whole[:GUARD].isnan().all() and whole[-GUARD:].isnan().all() for whole in wholes)

@@ -117,7 +117,7 @@ void position_embed_backward_as(const PositionEmbed& p, const double* inverse_wa
   const int f = p.num_feats;
   Real ones[2 * kMaxFeats];
   fill_ones(p, ones);
-  const Real limit = largest<Real>(p.query_sine);
+  const bool saturates = p.query_sine.data && p.query_sine.dtype == DType::float16;
   const int64_t begin = chunk * kChunkRows;
   const int64_t end = begin + kChunkRows < p.rows.count() ? begin + kChunkRows : p.rows.count();
   Real* d_scale_row = nullptr;
@@ -153,7 +153,8 @@ void position_embed_backward_as(const PositionEmbed& p, const double* inverse_wa
 #pragma omp simd reduction(+ : d_m, d_sum)
         for (int i = 0; i < f; ++i) {
           const Real d_given = d_out[i], scaled = features[i] * factors[i], magnitude = absolute(scaled * m);
-          const Real d = magnitude > limit ? Real(0) : d_given;
+          const bool constant = saturates && held(-magnitude, Real(-kFloat16Max), p.bounds_pass);
+          const Real d = constant ? Real(0) : d_given;
           d_m += d * scaled;
           d_scale[i] = d * m * features[i];
           d_sum += d_scale[i];
@@ -266,7 +267,9 @@ void box_tail_backward_as(const BoxTail& p, int64_t chunk) {
     for (int j = 0; j < kBoxOutputs; ++j) d_logits[j] = box_update_backward(d_refined[j], refined[j]);
     if (p.d_boxes.data) {
       const Real* box = load(p.boxes, row_offset(p.boxes, p.rows, row), p.coordinates, box_scratch);
-      for (int j = 0; j < p.coordinates; ++j) d_box[j] = d_logits[j] * inverse_sigmoid_derivative(box[j], Real(p.eps));
+      for (int j = 0; j < p.coordinates; ++j) {
+        d_box[j] = d_logits[j] * inverse_sigmoid_derivative(box[j], Real(p.eps), p.bounds_pass);
+      }
       store(p.d_boxes, row_offset(p.d_boxes, p.rows, row), p.coordinates, d_box);
     }
     const Real d0 = d_logits[0], d1 = d_logits[1], d2 = d_logits[2], d3 = d_logits[3];

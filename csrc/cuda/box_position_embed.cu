@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kThreads) box_position_embed_backward(const __
 #pragma unroll
           for (int i = 0; i < kVec; ++i) {
             const float scaled = g[i] * scale[i], out = scaled * m;
-            const float d = saturate && (out > kHalfMax || out < -kHalfMax) ? 0.0f : d_out[i];
+            const float d = saturate && held(-fabsf(out), -kHalfMax, p.bounds_pass) ? 0.0f : d_out[i];
             d_m += i < valid ? d * scaled : 0.0f;
             d_scale[i] = i < valid ? d * m * g[i] : 0.0f;
             d_scale_sum += d_scale[i];

@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kColumnThreads* kRowThreads)
     }
     if (p.d_boxes.data && first_tile && int(threadIdx.x) < p.coordinates) {
       const float box = load_one(p.boxes, row_offset(p.boxes, p.rows, row) + threadIdx.x);
-      const float d = select(d_logits, threadIdx.x) * inverse_sigmoid_derivative(box, float(p.eps));
+      const float d = select(d_logits, threadIdx.x) * inverse_sigmoid_derivative(box, float(p.eps), p.bounds_pass);
       store_one(d, p.d_boxes, row_offset(p.d_boxes, p.rows, row) + threadIdx.x);
     }
     if (p.d_hidden.data && owns_columns) {

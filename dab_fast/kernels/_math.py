@@ -25,6 +25,15 @@ def exp(x):
 
 
 @triton.jit
+def held(x, LOW: tl.constexpr, BOUNDS_PASS: tl.constexpr):
+    """Where max(x, LOW) passes no gradient on to x: `reference.clamp_passes_at_bounds` says whether LOW itself does."""
+    if BOUNDS_PASS:
+        return x < LOW
+    else:
+        return x <= LOW
+
+
+@triton.jit
 def sigmoid(x):
     return 1.0 / (1.0 + exp(-x))
 

@@ -23,10 +23,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dab_fast import reference
 from dab_fast.kernels._cases import CompileCase
 from dab_fast.kernels._common import INTERPRET
 from dab_fast.kernels._launch import cdiv, on_device_of, rows_of
-from dab_fast.kernels._math import exp, sigmoid, sin_cos_turns
+from dab_fast.kernels._math import exp, held, sigmoid, sin_cos_turns
 
 
 @triton.jit
@@ -131,6 +132,7 @@ def backward_kernel(
     NEED_BOXES: tl.constexpr,
     NEED_SCALE: tl.constexpr,
     NEED_LOGITS: tl.constexpr,
+    BOUNDS_PASS: tl.constexpr,
     ROWS: tl.constexpr,
     FEATS: tl.constexpr,
 ):
@@ -164,7 +166,7 @@ def backward_kernel(
             if p_d_query.dtype.element_ty == tl.float16:  # what was saturated is constant
                 b_q = b_g * b_s if SCALE != "none" else b_g
                 b_q = b_q * b_m[:, None] if MODULATE else b_q
-                b_d_q = tl.where(tl.abs(b_q) > 65504.0, 0.0, b_d_q)
+                b_d_q = tl.where(held(-tl.abs(b_q), -65504.0, BOUNDS_PASS), 0.0, b_d_q)
             b_d_qg = b_d_q * b_g
             if MODULATE:
                 b_d_q *= b_m[:, None]
@@ -328,6 +330,7 @@ def backward(
                 NEED_BOXES=need_boxes,
                 NEED_SCALE=need_scale,
                 NEED_LOGITS=need_logits,
+                BOUNDS_PASS=reference.clamp_passes_at_bounds(),
                 **options,
             )
     if scale is not None and d_scale is not None and kind == "feature":
@@ -355,6 +358,7 @@ def compile_cases() -> list[CompileCase]:
             "MODULATE": query,
         }
         needs = {"SINE": True, "NEED_BOXES": True, "NEED_SCALE": given, "NEED_LOGITS": query}
+        needs["BOUNDS_PASS"] = reference.clamp_passes_at_bounds()
         name = f"{scale} {element} {'few' if rows == 300 else 'many'}"
         for kernel, more in ((forward_kernel, {}), (backward_kernel, needs)):
             cases.append(

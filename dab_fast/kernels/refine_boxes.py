@@ -24,11 +24,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dab_fast import reference
 from dab_fast.kernels._cases import CompileCase
 from dab_fast.kernels._common import INTERPRET
 from dab_fast.kernels._launch import cdiv, on_device_of, rows_of
-from dab_fast.kernels._math import sigmoid
-from dab_fast.reference import autocast_off
+from dab_fast.kernels._math import held, sigmoid
 
 
 @triton.jit
@@ -44,11 +44,12 @@ def _inverse_sigmoid(x, EPS: tl.constexpr):
 
 
 @triton.jit
-def _inverse_sigmoid_slope(x, EPS: tl.constexpr):
+def _inverse_sigmoid_slope(x, EPS: tl.constexpr, BOUNDS_PASS: tl.constexpr):
     """Its derivative: below eps the numerator is constant and the denominator is not, 1 / (1 - x)."""
-    up = tl.where(x < EPS, 0.0, 1.0 / tl.where(x < EPS, 1.0, x))
-    down = tl.where(1.0 - x < EPS, 0.0, 1.0 / tl.where(1.0 - x < EPS, 1.0, 1.0 - x))
-    return tl.where((x >= 0.0) & (x <= 1.0), up + down, 0.0)
+    m_up, m_down = held(x, EPS, BOUNDS_PASS), held(1.0 - x, EPS, BOUNDS_PASS)
+    up = tl.where(m_up, 0.0, 1.0 / tl.where(m_up, 1.0, x))
+    down = tl.where(m_down, 0.0, 1.0 / tl.where(m_down, 1.0, 1.0 - x))
+    return tl.where(held(x, 0.0, BOUNDS_PASS) | held(1.0 - x, 0.0, BOUNDS_PASS), 0.0, up + down)
 
 
 @triton.jit(do_not_specialize=["rows", "s_boxes"])
@@ -147,6 +148,7 @@ def backward_kernel(
     NEED_HIDDEN: tl.constexpr,
     NEED_BOXES: tl.constexpr,
     NEED_WEIGHTS: tl.constexpr,
+    BOUNDS_PASS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -172,7 +174,7 @@ def backward_kernel(
     if NEED_BOXES:
         m_box = m_m[:, None] & (o_j < COORDS)[None, :]
         b_box = tl.load(p_boxes + o_row[:, None] * s_boxes + o_j[None, :], mask=m_box, other=0.5).to(tl.float32)
-        b_d_box = b_delta * _inverse_sigmoid_slope(b_box, EPS)
+        b_d_box = b_delta * _inverse_sigmoid_slope(b_box, EPS, BOUNDS_PASS)
         tl.store(p_d_boxes + o_row[:, None] * COORDS + o_j[None, :], b_d_box, mask=m_box)
     if NEED_WEIGHTS:
         tl.store(p_sums + 6 * D + o_j, tl.sum(b_delta, 0), mask=m_j)
@@ -352,10 +354,11 @@ def backward(
                 NEED_HIDDEN=need_hidden,
                 NEED_BOXES=need_boxes,
                 NEED_WEIGHTS=need_weights,
+                BOUNDS_PASS=reference.clamp_passes_at_bounds(),
                 **options,
             )
     if d_h1 is not None and sums is not None:
-        with autocast_off(hidden):
+        with reference.autocast_off(hidden):
             results += [
                 (d_h1.mT @ hidden.reshape(d_h1.shape).float()).to(w1.dtype),
                 (d_h2.mT @ h1.view(d_h1.shape)).to(w2.dtype),
@@ -375,6 +378,7 @@ def compile_cases() -> list[CompileCase]:
         sums = dict.fromkeys(("p_d_h1", "p_d_h2", "p_sums"), "fp32")
         first = {"FIRST": "tf32x3" if element == "fp32" else "tf32"}
         needs = {"NEED_HIDDEN": True, "NEED_BOXES": True, "NEED_WEIGHTS": True}
+        needs["BOUNDS_PASS"] = reference.clamp_passes_at_bounds()
         usual = (d, element, rows) == (256, "fp32", 300)
         wide_loads = 0.6 if element == "fp32" else 0.5  # the smallest tiles have 8 bytes per thread
         cases += [

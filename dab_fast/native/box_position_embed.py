@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dab_fast import reference
 from dab_fast.native._call import C, run
 
 
@@ -59,7 +60,7 @@ def backward(
     if not boxes.numel() or (d_sine is None and d_query_sine is None):
         return [x.zero_() for x in results]
     kind = _scale_kind(scale, num_feats)
-    options = (boxes.shape[-1], num_feats, temperature, order == "xywh", kind)
+    options = (boxes.shape[-1], num_feats, temperature, order == "xywh", kind, reference.clamp_passes_at_bounds())
     inputs = (boxes, scale, ref_size_logits, d_sine, d_query_sine)
     summed = found[1] is not None and kind == C.SCALES["row"]
     run("box_position_embed_backward", options, inputs, found, sums=2 * num_feats if summed else 0)

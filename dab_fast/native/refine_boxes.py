@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from dab_fast import reference
 from dab_fast.native._call import run
 
 
@@ -131,4 +132,5 @@ def _tail_backward(
     results = (d_h2, d_boxes, *((None, None) if sums is None else (sums[: 4 * d], sums[6 * d :])))
     inputs = (h2, boxes, w3, None, refined, d_refined)
     columns = 0 if sums is None else 4 * d + 4
-    run("box_tail_backward", (boxes.shape[-1], d, eps), inputs, results, sums=columns)
+    options = (boxes.shape[-1], d, eps, reference.clamp_passes_at_bounds())
+    run("box_tail_backward", options, inputs, results, sums=columns)
