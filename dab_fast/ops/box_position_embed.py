@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dab_fast import reference
 from dab_fast.ops import _backends, _library
 from dab_fast.ops._checks import check_tensor
+from dab_fast.ops._first_derivative import first_derivative_only
 
 
 def sine_embed(
@@ -137,13 +137,13 @@ class _BoxPositionEmbed(torch.autograd.Function):
         )
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_sine: Tensor | None, d_query_sine: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    @first_derivative_only
+    def backward(
+        ctx: Any, saved: tuple[Any, ...], d_sine: Tensor | None, d_query_sine: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
         needs = tuple(need and (d_query_sine is not None or x == 0) for x, need in enumerate(ctx.needs_input_grad[:3]))
         found = iter(
-            _library.box_position_embed_backward(
-                d_sine, d_query_sine, *ctx.saved_tensors, *ctx.options, *needs, ctx.backend
-            )
+            _library.box_position_embed_backward(d_sine, d_query_sine, *saved, *ctx.options, *needs, ctx.backend)
         )
         return (*(next(found) if need else None for need in needs), *(None,) * 6)
 

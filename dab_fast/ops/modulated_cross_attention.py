@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dab_fast import reference
 from dab_fast.kernels.configs import WIDEST_HEAD
 from dab_fast.ops import _backends, _library
 from dab_fast.ops._checks import check_tensor
+from dab_fast.ops._first_derivative import first_derivative_only
 from dab_fast.ops._plain_attention import attend
 
 
@@ -139,12 +139,10 @@ class _ModulatedCrossAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+    @first_derivative_only
+    def backward(ctx: Any, saved: tuple[Any, ...], d_out: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[:5]
-        found = iter(
-            _library.modulated_cross_attention_backward(d_out, *ctx.saved_tensors, *ctx.options, *needs, ctx.backend)
-        )
+        found = iter(_library.modulated_cross_attention_backward(d_out, *saved, *ctx.options, *needs, ctx.backend))
         return (*(next(found) if need else None for need in needs), *(None,) * 6)
 
 
