@@ -30,7 +30,7 @@ def kernels(case: Case, device: torch.device, provider: Provider) -> dict[str, t
         with profile(activities=activities) as profiler:
             prepared.forward()
             if device.type == "cuda":
-                torch.cuda.synchronize()
+                torch.cuda.synchronize(device)
     found: dict[str, tuple[int, float]] = collections.defaultdict(lambda: (0, 0.0))
     for event in profiler.events():
         if device.type == "cuda":

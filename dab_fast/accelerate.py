@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from dab_fast.adapters import ADAPTERS
@@ -48,7 +49,8 @@ def accelerate(model: nn.Module, *, recompute: bool = False) -> Report:
 
     Args:
         model: a Hugging Face `DabDetrForObjectDetection`, `DabDetrModel` or `DabDetrDecoder`, a `TransformerDecoder`
-            of IDEA-Research/DAB-DETR or DN-DETR, or any module with one inside.
+            of IDEA-Research/DAB-DETR or DN-DETR, or any module with one inside. What torch.compile returned is one, and
+            compiles anew at its next call; what torch.jit or torch.export made of a module is none.
         recompute: in training keep only the layers' inputs for backward, and compute the layers again there: less
             memory for more time. When a model is accelerated again, the last call's `recompute` holds, and nothing
             else changes. A Hugging Face decoder whose layers have `gradient_checkpointing` set is recomputed without
@@ -62,14 +64,15 @@ def accelerate(model: nn.Module, *, recompute: bool = False) -> Report:
         TypeError: `model` is no module.
         ValueError: nothing in `model` is a DAB-DETR module that dab_fast knows; the model is left as it was.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    _check_module(model)
     adapters = [importlib.import_module(f"dab_fast.adapters.{name}") for name in ADAPTERS]
     replaced: dict[str, Fast] = {}
     not_replaced: dict[str, str] = {}
     for name, module in model.named_modules():
         if isinstance(module, Fast):
             replaced[name] = module
+            continue
+        if isinstance(module, _TRANSLATED):
             continue
         for adapter in adapters:
             fast_class = adapter.fast_class(module)
@@ -87,8 +90,33 @@ def accelerate(model: nn.Module, *, recompute: bool = False) -> Report:
         raise ValueError(
             f"model must contain a DAB-DETR decoder that dab_fast knows ({', '.join(ADAPTERS)}), got "
             f"{type(model).__module__}.{type(model).__qualname__}{' (' + found + ')' if found else ''}"
+            f"{_advice(model)}"
         )
     return Report(replaced, not_replaced, {name: module.dab_fast_reasons for name, module in replaced.items()})
+
+
+# What torch.jit and torch.fx, and so torch.export, make of modules: their forward is no longer the class's.
+_TRANSLATED = (torch.jit.ScriptModule, torch.fx.GraphModule)
+
+
+def _advice(model: nn.Module) -> str:
+    if any(isinstance(module, _TRANSLATED) for module in model.modules()):
+        return ": accelerate the original module, before torch.jit, torch.fx or torch.export translates it"
+    return ""
+
+
+def _check_module(model: object) -> None:
+    if isinstance(model, nn.Module):
+        return
+    if isinstance(model, type):
+        got = f"the class {model.__qualname__}: give an instance of it"
+    elif isinstance(model, torch.export.ExportedProgram):
+        got = "an ExportedProgram: give the original module, before torch.export translates it"
+    elif callable(model):
+        got = f"a {type(model).__name__}: give the module itself"
+    else:
+        got = type(model).__name__
+    raise TypeError(f"model must be a torch.nn.Module, got {got}")
 
 
 def restore(model: nn.Module) -> None:
@@ -103,8 +131,7 @@ def restore(model: nn.Module) -> None:
     Raises:
         TypeError: `model` is no module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    _check_module(model)
     for module in model.modules():
         if isinstance(module, Fast):
             module.dab_fast_end()

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
-import pickle
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
+from dab_fast._checkpoint_files import format_of, read_json, read_safetensors, shards, some, unpickle
 from dab_fast.adapters import huggingface, idea_research
 from dab_fast.config import Activation, DecoderConfig
 from dab_fast.decoder import DabDecoder
 
 _IDEA_DECODER = "transformer.decoder."
 _HF_DECODER = "model.decoder."
+# A tensor's name that tells the codebase, behind any prefix, and the prefix that it has in the whole model.
+_MARKS = (
+    ("IDEA-Research", _IDEA_DECODER, "layers.0.sa_qcontent_proj.weight"),
+    ("Hugging Face", _HF_DECODER, "layers.0.self_attn.self_attn_query_content_proj.weight"),
+)
 _EPS = {"IDEA-Research": idea_research.INVERSE_SIGMOID_EPS, "Hugging Face": huggingface.INVERSE_SIGMOID_EPS}
 
 _ENCODER_LAYER_NAMES = {
@@ -55,7 +59,8 @@ def load_checkpoint(path: str | os.PathLike[str], model: nn.Module | None = None
 
     Args:
         path: a `.pth` of IDEA-Research/DAB-DETR or DN-DETR (read with `weights_only=True`), a `.safetensors` file of
-            Hugging Face transformers, or a directory that `save_pretrained` wrote, sharded or not.
+            Hugging Face transformers, or a directory that `save_pretrained` wrote, sharded or not. What a file is, its
+            content tells. A `.pth` may hold the state_dict itself or inside dicts, of which "model" comes first.
         model: a `DabDecoder`, a decoder of IDEA-Research, or a Hugging Face `DabDetrForObjectDetection`,
             `DabDetrModel` or `DabDetrDecoder`, loaded in place. None builds the `DabDecoder` that the checkpoint
             describes, in eval mode.
@@ -63,13 +68,17 @@ def load_checkpoint(path: str | os.PathLike[str], model: nn.Module | None = None
 
     Returns:
         `model`, or the `DabDecoder` built. A `DabDecoder` follows the checkpoint's inverse-sigmoid eps (1e-3 of
-        IDEA-Research, 1e-5 of Hugging Face); where a model's eps is fixed to the other, a warning says so.
+        IDEA-Research, 1e-5 of Hugging Face); where a model's eps is fixed to the other, a warning says so. Another one
+        names tensors with NaN or infinite values, which load all the same.
 
     Raises:
-        FileNotFoundError: no such file or directory, or nothing to read in it.
-        ValueError: not a DAB-DETR checkpoint, or keys or shapes do not fit the model, which is left as it was.
-        TypeError: `model` is none of the above.
+        FileNotFoundError: no such file or directory, nothing to read in it, or a shard is missing.
+        PermissionError: a file may not be read.
+        ValueError: not a DAB-DETR checkpoint, or keys, shapes or dtypes do not fit the model, which is left as it was.
+        TypeError: `path` or `model` is none of the above.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must be a str or an os.PathLike, got {type(path).__name__}")
     checkpoint = _read(Path(path))
     if model is None:
         config = _decoder_config(checkpoint, overrides)
@@ -89,6 +98,8 @@ def load_checkpoint(path: str | os.PathLike[str], model: nn.Module | None = None
         model.config = config
     else:
         _warn_of_eps(checkpoint, model)
+    if broken := [name for name, x in tensors.items() if not x.double().isfinite().all()]:
+        warnings.warn(f"{checkpoint.path} has NaN or infinite values in {some(broken)}", stacklevel=2)
     model.load_state_dict(tensors)
     return model
 
@@ -104,63 +115,83 @@ class _Checkpoint:
 def _read(path: Path) -> _Checkpoint:
     if not path.exists():
         raise FileNotFoundError(f"path must be a file or a directory, got {path}, which does not exist")
-    tensors, stated = _read_safetensors(path) if path.is_dir() or path.suffix == ".safetensors" else _read_torch(path)
-    for codebase, decoder, mark in (
-        ("IDEA-Research", _IDEA_DECODER, "layers.0.sa_qcontent_proj.weight"),
-        ("Hugging Face", _HF_DECODER, "layers.0.self_attn.self_attn_query_content_proj.weight"),
-    ):
-        prefix = next((name[: -len(mark)] for name in tensors if re.search(rf"(^|\.){re.escape(mark)}$", name)), None)
-        if prefix is not None:
-            return _Checkpoint(path, codebase, _from_the_top(tensors, prefix, decoder), stated)
-    raise ValueError(
-        f"{path} must be a DAB-DETR checkpoint of IDEA-Research or Hugging Face, got tensors {_some(tensors)}"
-    )
+    if path.is_dir() or format_of(path) == "safetensors":
+        tensors, stated = _read_safetensors(path)
+    else:
+        tensors, stated = _read_torch(path)
+    codebase = _codebase(tensors)
+    if codebase is None:
+        raise ValueError(f"{path} must be a DAB-DETR checkpoint of {_CODEBASES}, got tensors {some(tensors)}")
+    for name, x in tensors.items():
+        if kind := _not_dense(x):
+            raise ValueError(f"{path} must hold dense tensors alone, got {name}, which is {kind}")
+    name, decoder, prefix = codebase
+    return _Checkpoint(path, name, _from_the_top(tensors, prefix, decoder), stated)
+
+
+_CODEBASES = " or ".join(codebase for codebase, _, _ in _MARKS)
+
+
+def _codebase(names: Iterable[str]) -> tuple[str, str, str] | None:
+    """The codebase of a state_dict with these names, its prefix of the decoder, and the one that is there instead."""
+    for name in names:
+        for codebase, decoder, mark in _MARKS:
+            if f".{name}".endswith(f".{mark}"):
+                return codebase, decoder, name[: -len(mark)]
+    return None
+
+
+def _not_dense(x: object) -> str | None:
+    """What `x` is instead of a dense tensor with values."""
+    if not isinstance(x, Tensor):
+        return f"of type {type(x).__name__}"
+    if x.is_quantized:
+        return "quantised"
+    if x.is_meta:
+        return "on the meta device"
+    if x.is_nested:
+        return "nested"
+    return None if x.layout == torch.strided else str(x.layout).removeprefix("torch.")
 
 
 def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        # The training script's arguments are a Namespace, which is a plain bag of values.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} must be readable by torch.load(weights_only=True): {error}") from error
-    tensors = content.get("model", content) if isinstance(content, dict) else None
-    if not isinstance(tensors, dict) or not all(isinstance(x, Tensor) for x in tensors.values()):
-        raise ValueError(f'{path} must hold a state_dict, or one under "model", got {_describe(content)}')
+    content = unpickle(path)
+    found = dict(_state_dicts(content))
+    if not found:
+        raise ValueError(f"{path} must hold a DAB-DETR state_dict of {_CODEBASES}, got {_describe(content)}")
+    if len(found) > 1 and "model" not in found:
+        raise ValueError(f"{path} must hold one state_dict, or one under model, got {some(found)}: save one by itself")
+    tensors = found["model"] if "model" in found else next(iter(found.values()))
     args = vars(content["args"]) if isinstance(content.get("args"), argparse.Namespace) else {}
     stated = {"nhead": args.get("nheads"), "activation": args.get("transformer_activation")}
     stated |= dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), args.get("dropout"))
     return dict(tensors), _known(stated)
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def _state_dicts(content: object, at: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every state_dict of a DAB-DETR inside nested dicts, and the keys on the way there."""
+    if not isinstance(content, dict):
+        return
+    if _codebase(map(str, content)) is not None:
+        yield at, content
+        return
+    for name, x in content.items():
+        yield from _state_dicts(x, f"{at}.{name}" if at else str(name))
 
-    directory, files = (path, _shards(path)) if path.is_dir() else (path.parent, [path])
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    directory, files = (path, shards(path)) if path.is_dir() else (path.parent, [path])
     tensors: dict[str, Tensor] = {}
     for file in files:
-        try:
-            tensors |= load_file(file)
-        except (SafetensorError, FileNotFoundError) as error:
-            raise ValueError(f"{file} must be a readable safetensors file: {error}") from error
+        tensors |= read_safetensors(file)
     stated: dict[str, Any] = {}
     if (directory / "config.json").exists():
-        config = json.loads((directory / "config.json").read_text())
+        config = read_json(directory / "config.json")
         # What save_pretrained leaves out is the default of transformers' DabDetrConfig.
         stated = {"nhead": config.get("decoder_attention_heads", 8)}
         stated |= {"activation": config.get("activation_function", "prelu"), "dropout": config.get("dropout", 0.1)}
         stated |= {name: config.get(name, 0.0) for name in ("attention_dropout", "activation_dropout")}
     return _fill_tied({_current_name(name): x for name, x in tensors.items()}), _known(stated)
-
-
-def _shards(directory: Path) -> list[Path]:
-    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
-    if index.exists():
-        return [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    if not single.exists():
-        raise FileNotFoundError(f"path must be a directory with {single.name} or {index.name}, got {directory}")
-    return [single]
 
 
 def _current_name(name: str) -> str:
@@ -231,7 +262,12 @@ def _decoder_config(checkpoint: _Checkpoint, overrides: dict[str, Any]) -> Decod
     if "nhead" not in fields:
         fields["nhead"] = 8
         warnings.warn(f"{checkpoint.path} does not state nhead: taking 8, the default of both codebases", stacklevel=3)
-    return DecoderConfig(**fields)
+    try:
+        return DecoderConfig(**fields)
+    except (TypeError, ValueError) as error:
+        if overrides:
+            raise
+        raise ValueError(f"{checkpoint.path} must describe a decoder that there is: {error}") from error
 
 
 def _query_scale_type(tensors: dict[str, Tensor]) -> str:
@@ -329,16 +365,21 @@ def _check_fit(checkpoint: _Checkpoint, tensors: dict[str, Tensor], model: nn.Mo
     expected = model.state_dict()
     complaints = []
     if missing := expected.keys() - tensors.keys():
-        complaints.append(f"missing {_some(missing)}")
+        complaints.append(f"missing {some(missing)}")
     if unexpected := tensors.keys() - expected.keys():
-        complaints.append(f"unexpected {_some(unexpected)}")
+        complaints.append(f"unexpected {some(unexpected)}")
     wrong = [
         f"{name} must have shape {list(expected[name].shape)}, got {list(tensors[name].shape)}"
         for name in sorted(expected.keys() & tensors.keys())
         if expected[name].shape != tensors[name].shape
     ]
+    wrong += [
+        f"{name} must be {'floating point' if expected[name].is_floating_point() else 'integers'}, got {x.dtype}"
+        for name, x in sorted(tensors.items())
+        if name in expected and expected[name].is_floating_point() != x.is_floating_point()
+    ]
     if wrong:
-        complaints.append(_some(wrong))
+        complaints.append(some(wrong))
     if complaints:
         raise ValueError(
             f"{checkpoint.path} ({checkpoint.codebase}) does not fit the {type(model).__name__}: "
@@ -366,10 +407,7 @@ def _warn_of_eps(checkpoint: _Checkpoint, model: nn.Module) -> None:
         )
 
 
-def _some(names: Iterable[str], most: int = 8) -> str:
-    names = sorted(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
 def _describe(content: object) -> str:
-    return f"a dict with keys {_some(map(str, content))}" if isinstance(content, dict) else type(content).__name__
+    if not isinstance(content, dict):
+        return type(content).__name__
+    return f"a dict with keys {some(map(str, content))}" if content else "an empty dict"

@@ -220,13 +220,15 @@ def _cpu_call(fn: Callable[[], Any], scratch: Tensor | None) -> tuple[float, flo
 def _cuda_call(fn: Callable[[], Any], scratch: Tensor | None) -> tuple[float, float]:
     assert scratch is not None
     scratch.zero_()
+    device = scratch.device  # not always the current one, whose streams and events would time nothing
+    stream = torch.cuda.current_stream(device)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
+    torch.cuda.synchronize(device)
     start = time.perf_counter()
-    begin.record()
+    begin.record(stream)
     fn()
-    end.record()
-    torch.cuda.synchronize()
+    end.record(stream)
+    torch.cuda.synchronize(device)
     return time.perf_counter() - start, begin.elapsed_time(end) / 1e3
 
 

@@ -1,13 +1,39 @@
-"""Settings for every test: Triton kernels run in the interpreter, and uninitialised memory is NaN."""
+"""Settings for every test: Triton compiled or interpreted (`support.gpu_run`), and uninitialised memory is NaN."""
 
 import os
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported; workers share the cores, tensors are tiny
 
 import pytest
 import torch
+from _pytest.junitxml import xml_key
+
+from tests.support import gpu_run
+
+
+def pytest_configure(config):
+    gpu_run.choose(config.option.markexpr)
+
+
+def pytest_collection_modifyitems(config, items):
+    gpu_run.mark(config.option.markexpr, items)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session):
+    """The fixture for properties of a report does nothing under xdist; this runs where the report is written."""
+    report = session.config.stash.get(xml_key, None)
+    if report is not None:
+        for name, value in gpu_run.properties(session.config.option.markexpr, session.testscollected).items():
+            report.add_global_property(name, str(value))
+
+
+def pytest_terminal_summary(terminalreporter):
+    for reason in (gpu_run.ALONE, gpu_run.NO_GPU):
+        skipped = [r for r in terminalreporter.stats.get("skipped", ()) if r.longrepr[2] == f"Skipped: {reason}"]
+        if skipped:
+            terminalreporter.write_line(f"{len(skipped)} tests marked gpu were skipped: {reason}")
 
 
 @pytest.fixture(autouse=True)
@@ -20,9 +46,23 @@ def poison_uninitialised_memory():
     torch.use_deterministic_algorithms(was)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--seed", type=int, default=0, help="of the random inputs; accuracy hangs on none")
+
+
 @pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
+def seed(request):
+    torch.manual_seed(request.config.getoption("seed"))
+
+
+@pytest.fixture(params=("ieee", "tf32"))
+def fp32_precision(request):
+    """Of CUDA's matrix products. `monkeypatch` cannot undo it: torch.backends' attributes cannot be deleted."""
+    matmul = torch.backends.cuda.matmul
+    was = matmul.fp32_precision
+    matmul.fp32_precision = request.param
+    yield request.param
+    matmul.fp32_precision = was
 
 
 @pytest.fixture(scope="session")

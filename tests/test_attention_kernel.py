@@ -189,11 +189,9 @@ def test_forward_and_gradients(case):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("precision", ("ieee", "tf32"))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", [*CASES, Case(Q=300, S=1050, H=8), Case(Q=300, S=1050, H=8, padding="all")], ids=str)
-def test_forward_and_gradients_on_a_gpu(case, dtype, precision, monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", precision)
+def test_forward_and_gradients_on_a_gpu(case, dtype, fp32_precision):
     check(replace(case, dtype=dtype, device="cuda"))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
 import re
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import counts, predict, validate
+from benchmarks import counts, predict
 from dab_fast import ops
 from dab_fast.bench import bench, hardware, rows
 from dab_fast.bench import cases as cases_
@@ -23,7 +22,7 @@ from dab_fast.bench.cases import Case, cases, measure_case
 from dab_fast.bench.counting import METRICS, decoder_counts
 from dab_fast.bench.predict import decoder_stages, floor_ms, floor_seconds
 from dab_fast.bench.providers import PROVIDERS
-from dab_fast.bench.workloads import ONE_IMAGE, TINY, WORKLOADS, Decoder, Shape
+from dab_fast.bench.workloads import ONE_IMAGE, PAPER, TINY, WORKLOADS, Decoder, Shape
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -284,7 +283,8 @@ def dry_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("dry") / "out"
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
     script = ROOT / "benchmarks" / "on_gpu.sh"
-    done = subprocess.run(["bash", script, out, "--dry"], env=env, capture_output=True, text=True, timeout=900)
+    # Ten times what it takes on two idle cores: a busy machine may be slow, a hang is to end.
+    done = subprocess.run(["bash", script, out, "--dry"], env=env, capture_output=True, text=True, timeout=1800)
     return done, out
 
 
@@ -318,35 +318,6 @@ def test_dry_run_measures_and_gates(dry_run):
     assert "rows added to" in (out / "log.txt").read_text()
 
 
-REPORT = """
-<testsuites><testsuite>
-<testcase classname="tests.test_box_position_embed" name="a" />
-<testcase classname="tests.test_box_position_embed" name="b"><skipped /></testcase>
-<testcase classname="tests.test_refine_boxes" name="a" />
-<testcase classname="tests.test_refine_boxes" name="b"><failure /></testcase>
-<testcase classname="tests.test_native" name="a"><skipped /></testcase>
-<testcase classname="tests.test_triton_decoder" name="a" />
-</testsuite></testsuites>
-"""
-
-
-def test_only_what_passed_is_validated(tmp_path):
-    report = tmp_path / "tests.xml"
-    report.write_text(REPORT)
-    where = dict.fromkeys(("device", "driver", "torch", "triton", "commit", "date"), "x")
-    found = validate.validated(report, ["triton", "native"], where)
-    assert found == {"box_position_embed": {"triton": {**where, "tests": 2}}}
-    report.write_text(REPORT.replace('decoder" name="a" />', 'decoder" name="a"><error /></testcase>'))
-    assert validate.validated(report, ["triton", "native"], where) == {}
-
-
-def test_every_kernel_has_its_proof():
-    for op, backend in validate.PROOFS:
-        assert importlib.util.find_spec(f"dab_fast.backends.{backend}.{op}"), (op, backend)
-    for files in validate.PROOFS.values():
-        assert all((ROOT / "tests" / f"{file}.py").exists() for file in files)
-
-
 @pytest.mark.sweep
 def test_dry_run_with_the_oldest_triton(tmp_path):
     """Its interpreter takes a loop's bound with int(), which numpy 2.4 refuses for an array of one element."""
@@ -358,6 +329,29 @@ def test_dry_run_with_the_oldest_triton(tmp_path):
     assert done.returncode == 0, done.stdout
     (path,) = (tmp_path / "out").glob("*.csv")
     assert {r["triton"] for r in rows.read(path)} == {"3.6.0"}
+
+
+def limits(folder, *options):
+    """{command: seconds} that on_gpu.sh gives its stages, none of which runs."""
+    tools = folder / "tools"
+    tools.mkdir()
+    for name, script in (("timeout", 'echo "$@" >>"$LIMITS"'), ("python", "exit 0")):
+        (tools / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tools / name).chmod(0o755)
+    env = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "PYTHON": str(tools / "python")}
+    env["LIMITS"] = str(folder / "limits")
+    script = ROOT / "benchmarks" / "on_gpu.sh"
+    subprocess.run(["bash", script, folder / "out", *options], env=env, capture_output=True, timeout=60)
+    found = re.findall(r"^--kill-after=5 (\d+) (.*)", (folder / "limits").read_text(), re.M)
+    return {command: int(seconds) for seconds, command in found}
+
+
+def test_limits_of_the_stages(tmp_path):
+    """A GPU is held for minutes; a dry run shows that every stage works, on a busy machine too."""
+    (tmp_path / "dry").mkdir()
+    on_a_gpu, dry = limits(tmp_path), limits(tmp_path / "dry", "--dry")
+    assert len(on_a_gpu) >= 8 and max(on_a_gpu.values()) <= 150
+    assert len(dry) >= 5 and min(dry.values()) >= 400
 
 
 @pytest.mark.parametrize("arguments", [[], ["--only"], ["out", "--only", "everything"], ["a", "b"], ["out", "--fast"]])
@@ -397,6 +391,32 @@ def test_table_shows_the_newest_rows(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("queries, size, allowed", [(300, PAPER, 1.02e-2), (900, PAPER, 5.9e-3), (18, TINY, 8.3e-2)])
+def test_the_gate_allows_for_one_unit_of_relu_among_so_many(queries, size, allowed):
+    """Twice one term among width * queries / 2."""
+    case = Case("decoder", "training", Shape(queries=queries), size=size)
+    peer = {"error": 1e-6, "worst_error": 1e-6}
+    assert cases_._accurate(case, peer | {"worst_error": 0.99 * allowed}, peer)
+    assert not cases_._accurate(case, peer | {"worst_error": 1.01 * allowed}, peer)
+
+
+def missed(found: list[rows.Row]) -> str:
+    """Every error that the gate looks at, of the providers that miss it and of the baseline."""
+    baseline = WORKLOADS[found[0]["op"]].baseline
+    named = [r for r in found if not r["accurate"] or r["provider"] == baseline]
+    said = (f"{r['provider']}: error {r['error']}, of the worst gradient {r.get('worst_error')}" for r in named)
+    return ", ".join(said)
+
+
+def test_what_misses_the_gate_is_named_with_both_errors():
+    found = [
+        {"op": "decoder", "provider": "huggingface", "accurate": True, "error": 1, "worst_error": 2},
+        {"op": "decoder", "provider": "torch", "accurate": True, "error": 3, "worst_error": 4},
+        {"op": "decoder", "provider": "triton", "accurate": False, "error": 5, "worst_error": 6},
+    ]
+    assert missed(found) == "huggingface: error 1, of the worst gradient 2, triton: error 5, of the worst gradient 6"
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("case", cases(CPU, "tiny"), ids=str)
@@ -404,5 +424,5 @@ def test_on_a_gpu_every_backend_is_accurate(case, dtype):
     result = measure_case(dataclasses.replace(case, dtype=dtype), torch.device("cuda"), rounds=1)
     ours = {r["provider"]: r for r in result.rows if PROVIDERS[r["provider"]].ours}
     assert "triton" in ours, (result.skipped, result.failed)
-    assert all(r["accurate"] for r in ours.values()), {name: (r["error"], r["peer_error"]) for name, r in ours.items()}
+    assert all(r["accurate"] for r in ours.values()), missed(result.rows)
     assert not result.failed.keys() & {name for name, p in PROVIDERS.items() if p.ours}

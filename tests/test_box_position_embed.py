@@ -257,15 +257,6 @@ def test_sine_embed_without_gradients():
         torch.testing.assert_close(ops.sine_embed(x, 6), reference.sine_embed(x, 6), rtol=0, atol=1e-6)
 
 
-def test_no_double_backward():
-    boxes = torch.rand(3, 4, requires_grad=True)
-    with ops.backend("triton"):
-        sine, _ = ops.box_position_embed(boxes, num_feats=4)
-        (gradient,) = torch.autograd.grad(sine.square().sum(), boxes, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            gradient.sum().backward()
-
-
 @pytest.mark.parametrize(
     "arguments, options, error, message",
     [

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,8 +44,9 @@ def setup_py(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr("setuptools.setup", lambda **_: None)
     found = runpy.run_path(str(ROOT / "setup.py"))
-    found["decide"].__globals__["sysconfig"] = type("", (), {"get_path": staticmethod(_no_site_packages)})
-    monkeypatch.setattr(sys, "path", [p for p in sys.path if not Path(p, "nvidia").is_dir()])
+    # It looks for packages that bring nvcc where these two say. What it imports, such as pybind11, stays importable.
+    found["decide"].__globals__["sysconfig"] = SimpleNamespace(get_path=_no_site_packages)
+    found["decide"].__globals__["sys"] = SimpleNamespace(**{**vars(sys), "path": []})
     return found
 
 
@@ -113,6 +115,35 @@ def test_cpu_part_without_nvcc(setup_py, monkeypatch, tmp_path):
     assert "nvcc is CUDA 11.2, at least 11.8 is needed" in str(setup_py["decide"]("auto"))
     on_path(tmp_path, "nvcc", "echo 'nvcc error: no license'; exit 1")
     assert "nvcc cannot be run: nvcc error: no license" in str(setup_py["decide"]("auto"))
+
+
+@pytest.fixture
+def nvidia_packages(monkeypatch, tmp_path):
+    """This environment as it is where packages of NVIDIA's lie beside pybind11, one with an nvcc among them."""
+    pybind11 = pytest.importorskip("pybind11")
+    monkeypatch.delitem(sys.modules, "pybind11")  # the next import looks for it on the path
+    real = Path(pybind11.__file__).parents[1]
+    site = tmp_path / "site"
+    nvcc = site / "nvidia" / "cu13" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    on_path(nvcc.parent, "nvcc", "echo 'Cuda compilation tools, release 11.2, V11.2.152'")
+    for path in real.iterdir():
+        if path.name != "nvidia":
+            (site / path.name).symlink_to(path)
+    monkeypatch.setattr(sys, "path", [str(site) if Path(p) == real else p for p in sys.path])
+    return nvcc
+
+
+@needs_compiler
+def test_packages_of_nvidia_hide_nothing_else(nvidia_packages, setup_py, monkeypatch):
+    monkeypatch.setenv("CXX", COMPILER)
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    assert re.fullmatch("CPU extension with .*; no CUDA part: nvcc not found .*", str(setup_py["decide"]("auto")))
+
+
+def test_nvcc_of_a_package_is_found(nvidia_packages, monkeypatch):
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    assert str(nvidia_packages) in runpy.run_path(str(ROOT / "setup.py"))["nvcc_candidates"]()
 
 
 @needs_compiler

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gzip
 import json
 import pickle
+import re
+import traceback
 import warnings
+import zipfile
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 import dab_fast
 from dab_fast import DabDecoder, load_checkpoint
@@ -246,29 +250,225 @@ class Payload:
         return print, ("code ran while reading a checkpoint",)
 
 
-def test_unreadable_files(tmp_path, capsys):
+def archive(path, *names):
+    with zipfile.ZipFile(path, "w") as opened:
+        for name in names:
+            opened.writestr(name, b"x")
+
+
+def legacy(path, content):
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+
+
+def with_tensor(change):
+    """A state_dict of which one tensor is changed."""
+    state, name = oracle().state_dict(), "layers.1.linear1.weight"
+    return state | {name: change(state[name])}
+
+
+def cut(write, size):
+    def write_and_cut(path):
+        write(path)
+        path.write_bytes(path.read_bytes()[:size])
+
+    return write_and_cut
+
+
+def good(path):
+    torch.save(oracle().state_dict(), path)
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+UNREADABLE = {
+    "text": (
+        lambda p: p.write_bytes(b"no checkpoint at all"),
+        "torch.save or of safetensors, got text that begins 'no ",
+    ),
+    "bytes": (lambda p: p.write_bytes(bytes(range(99))), "torch.save or of safetensors, got bytes b"),
+    "lfs": (lambda p: p.write_bytes(LFS), "is a Git LFS pointer, not the file itself"),
+    "html": (lambda p: p.write_bytes(b"\xef\xbb\xbf\n<!DOCTYPE html><html>"), "is a saved web page"),
+    "xml": (lambda p: p.write_bytes(b"<?xml version='1.0'?><Error>"), "is a saved web page"),
+    "gzip": (lambda p: p.write_bytes(gzip.compress(b"x")), "is compressed by gzip"),
+    "empty": (lambda p: p.write_bytes(b""), "is empty$"),
+    "cut": (cut(good, 9999), "is cut short or damaged: it begins as a zip archive"),
+    "cut_legacy": (cut(lambda p: legacy(p, oracle().state_dict()), 9999), "is cut short or damaged: "),
+    "cut_at_once": (cut(lambda p: legacy(p, oracle().state_dict()), 2), "is cut short or damaged: EOFError$"),
+    "zip": (lambda p: archive(p, "a.txt", "b/c.txt"), "but none of torch.save: it holds a.txt, b/c.txt$"),
+    "torchscript": (lambda p: torch.jit.script(nn.Linear(2, 2)).save(str(p)), "is a TorchScript archive"),
+    "payload": (lambda p: torch.save({"model": Payload()}, p), "holds print: dab_fast reads only tensors"),
+    "module": (lambda p: torch.save(nn.Linear(2, 2), p), r"holds torch\.nn\.modules\.linear\.Linear: dab_fast reads"),
+    "pickle": (
+        lambda p: p.write_bytes(pickle.dumps({"a": 1}, 4)),
+        "is damaged, or holds more than tensors and plain values",
+    ),
+    "list": (lambda p: torch.save([1, 2], p), "must hold a DAB-DETR state_dict .* got list$"),
+    "nothing": (lambda p: torch.save({}, p), "must hold a DAB-DETR state_dict .* got an empty dict$"),
+    "linear": (lambda p: torch.save(nn.Linear(2, 2).state_dict(), p), "got a dict with keys bias, weight$"),
+    "two": (
+        lambda p: torch.save({"a": oracle().state_dict(), "b": {"c": oracle().state_dict()}}, p),
+        r"must hold one state_dict, or one under model, got a, b\.c: save one by itself$",
+    ),
+    "number": (lambda p: torch.save({"model": oracle().state_dict() | {"n": 1}}, p), "got n, which is of type int$"),
+    "sparse": (
+        lambda p: torch.save(with_tensor(Tensor.to_sparse), p),
+        "got layers.1.linear1.weight, which is sparse_coo",
+    ),
+    "meta": (lambda p: torch.save(with_tensor(lambda x: x.to("meta")), p), "weight, which is on the meta device$"),
+    "quantised": (
+        lambda p: torch.save(with_tensor(lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)), p),
+        "weight, which is quantised$",
+    ),
+    "integers": (
+        lambda p: torch.save(with_tensor(Tensor.long), p),
+        r"layers\.1\.linear1\.weight must be floating point, got torch\.int64$",
+    ),
+    "complex": (lambda p: torch.save(with_tensor(lambda x: x + 0j), p), "must be floating point, got torch.complex64$"),
+    "dropout": (
+        lambda p: save_pth(p, oracle().state_dict(), argparse.Namespace(**(vars(ARGS) | {"dropout": "a tenth"}))),
+        "must describe a decoder that there is: ",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("name", ["checkpoint.pth", "model.safetensors"])
+@pytest.mark.parametrize("what", UNREADABLE)
+def test_unreadable_files(what, name, tmp_path, capsys):
+    write, message = UNREADABLE[what]
+    write(tmp_path / name)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path / name))} .*{message}") as raised:
+        load_checkpoint(tmp_path / name)
+    text = "".join(traceback.format_exception(raised.value))
+    assert "weights_only=False" not in text and "\n" not in str(raised.value)
+    assert "code ran" not in capsys.readouterr().out
+
+
+def directory(**files):
+    """A file is text, or what json writes as text; None is a directory."""
+
+    def write(path):
+        for name, content in files.items():
+            file = path / {"index": "model.safetensors.index.json", "config": "config.json"}.get(name, name)
+            if content is None:
+                file.mkdir()
+            else:
+                file.write_text(content if isinstance(content, str) else json.dumps(content))
+        return path
+
+    return write
+
+
+def saved(**files):
+    def write(path):
+        huggingface_model().save_pretrained(path)
+        return directory(**files)(path)
+
+    return write
+
+
+def index(*names):
+    return {"weight_map": {str(i): name for i, name in enumerate(names)}}
+
+
+INDEX = r"model\.safetensors\.index\.json"
+
+
+@pytest.mark.parametrize(
+    ("write", "error", "message"),
+    [
+        (directory(), FileNotFoundError, "got .*, which holds nothing$"),
+        (directory(**{"pytorch_model.bin": "x"}), FileNotFoundError, "which holds pytorch_model.bin$"),
+        (directory(index={"metadata": {}}), ValueError, f"{INDEX} must have a weight_map"),
+        (directory(index={"weight_map": ["a"]}), ValueError, f"{INDEX} must have a weight_map"),
+        (directory(index={"weight_map": {"a": 1}}), ValueError, f"{INDEX} must have a weight_map"),
+        (directory(index=index()), ValueError, f"{INDEX} must have a weight_map"),
+        (directory(index="{"), ValueError, f"{INDEX} must be JSON: "),
+        (directory(index=LFS.decode()), ValueError, f"{INDEX} is a Git LFS pointer"),
+        (
+            directory(index=index("model-1.safetensors")),
+            FileNotFoundError,
+            f"{INDEX} names model-1.safetensors, which does",
+        ),
+        (directory(index=index("../x.safetensors")), ValueError, f"{INDEX} must name files in its own .* got ../x"),
+        (directory(index=index("a/../../x.safetensors")), ValueError, f"{INDEX} must name files in its own"),
+        (
+            directory(index=index("/etc/hostname")),
+            ValueError,
+            f"{INDEX} must name files in its own .* got /etc/hostname$",
+        ),
+        (directory(index=index("shard"), shard=None), ValueError, "shard must be a file$"),
+        (directory(index=index("shard"), shard="<html>"), ValueError, "shard is a saved web page"),
+        (
+            directory(index=index("shard"), shard="hello, this is text"),
+            ValueError,
+            "shard must be a readable safetensors",
+        ),
+        (saved(config="{'a': 1}"), ValueError, r"config\.json must be JSON: "),
+        (saved(config=[1]), ValueError, r"config\.json must be a JSON object, got list$"),
+        (saved(config=""), ValueError, r"config\.json is empty$"),
+        (saved(config={"decoder_attention_heads": "four"}), ValueError, "must describe a decoder that there is: "),
+    ],
+)
+def test_unreadable_directories(write, error, message, tmp_path):
+    with pytest.raises(error, match=message) as raised:
+        load_checkpoint(write(tmp_path))
+    assert type(raised.value) is error and str(tmp_path) in str(raised.value)
+
+
+def test_shards_may_be_links_that_lead_elsewhere(tmp_path):
+    """Hugging Face's cache is made of them."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    huggingface_model().save_pretrained(tmp_path / "blobs", max_shard_size="100KB")
+    for file in (tmp_path / "blobs").iterdir():
+        (tmp_path / "snapshot" / file.name).symlink_to(file)
+    assert isinstance(load_checkpoint(tmp_path / "snapshot"), DabDecoder)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: {"state_dict": state},
+        lambda state: {"ema": {"module": state, "updates": 3}, "epoch": 1},
+        lambda state: {"model": state, "model_ema": {name: x + 1 for name, x in state.items()}},
+        lambda state: {"model": {f"module.transformer.decoder.{name}": x for name, x in state.items()}},
+        lambda state: {f"_orig_mod.{name}": x for name, x in state.items()},
+    ],
+    ids=["state_dict", "ema", "model_and_ema", "ddp", "compiled"],
+)
+def test_a_state_dict_inside_dicts(wrap, tmp_path):
+    state = oracle().state_dict()
+    torch.save(wrap(state), tmp_path / "checkpoint.pth")
+    torch.testing.assert_close(
+        load_checkpoint(tmp_path / "checkpoint.pth", nhead=H).state_dict(), state, rtol=0, atol=0
+    )
+
+
+def test_the_content_tells_the_format(tmp_path):
+    state = oracle().state_dict()
+    save_file(state, tmp_path / "checkpoint.pth")
+    torch.save(state, tmp_path / "model.safetensors")
+    for path in tmp_path.iterdir():
+        torch.testing.assert_close(load_checkpoint(path, nhead=H).state_dict(), state, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_named_and_load(value, tmp_path):
+    state = with_tensor(lambda x: x.index_fill(0, torch.tensor(1), value))
+    path = save_pth(tmp_path / "checkpoint.pth", state)
+    with pytest.warns(UserWarning, match=r"has NaN or infinite values in layers\.1\.linear1\.weight$"):
+        loaded = load_checkpoint(path)
+    torch.testing.assert_close(loaded.state_dict(), state, rtol=0, atol=0, equal_nan=True)
+
+
+def test_arguments_that_do_not_fit(tmp_path):
     def expect(error, message, path, *args, **kwargs):
         with pytest.raises(error, match=message):
             load_checkpoint(path, *args, **kwargs)
 
     expect(FileNotFoundError, "which does not exist", tmp_path / "none.pth")
-    expect(FileNotFoundError, "path must be a directory with model.safetensors or", tmp_path)
-    garbage = tmp_path / "garbage.pth"
-    garbage.write_bytes(b"no checkpoint at all")
-    expect(ValueError, "must be readable by torch.load", garbage)
-    garbage.rename(tmp_path / "garbage.safetensors")
-    expect(ValueError, "must be a readable safetensors file", tmp_path / "garbage.safetensors")
-    torch.save({"model": Payload()}, tmp_path / "payload.pth")
-    expect(ValueError, r"must be readable by torch.load\(weights_only=True\)", tmp_path / "payload.pth")
-    assert "code ran" not in capsys.readouterr().out
-    torch.save([1, 2], tmp_path / "list.pth")
-    expect(ValueError, "must hold a state_dict, or one under .model., got list", tmp_path / "list.pth")
-    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "linear.pth")
-    expect(ValueError, "must be a DAB-DETR checkpoint .* got tensors bias, weight", tmp_path / "linear.pth")
-    (tmp_path / "torn").mkdir()
-    index = {"weight_map": {"a": "model-00001.safetensors"}}
-    (tmp_path / "torn" / "model.safetensors.index.json").write_text(json.dumps(index))
-    expect(ValueError, "model-00001.safetensors must be a readable", tmp_path / "torn")
+    expect(TypeError, "path must be a str or an os.PathLike, got dict", {})
+    expect(TypeError, "path must be a str or an os.PathLike, got bytes", b"checkpoint.pth")
     good = save_pth(tmp_path / "good.pth", oracle().state_dict())
     expect(TypeError, "model must be a DabDecoder.* got torch.nn.modules.linear.Linear", good, nn.Linear(2, 2))
     expect(ValueError, "nhead must not be given with model", good, drop_in(), nhead=4)

@@ -10,7 +10,7 @@ import torch
 
 from dab_fast import ops, reference
 from dab_fast.backends.native import _call
-from tests.test_native import Tail, assert_as_good, results_and_gradients, some_boxes, tail
+from tests.test_native import Tail, assert_as_good, results_and_gradients, root_of_squares, some_boxes, tail
 
 ORDERS = (0, -1, 7)  # upwards, downwards, shuffled
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -30,7 +30,7 @@ def check(emulation, function, specification, make_inputs, rows, shapes):
             assert all(map(torch.equal, runs[0], run))
         doubles = [x if x is None else x.double() for x in inputs]
         theirs, exact = (results_and_gradients(specification, x, d_results) for x in (inputs, doubles))
-        draws.append((runs[0], theirs, exact))
+        draws.append((runs[0], theirs, exact, root_of_squares(specification, doubles, d_results)))
     assert_as_good(*([torch.cat(x) for x in zip(*results, strict=True)] for results in zip(*draws, strict=True)))
 
 

@@ -33,23 +33,28 @@ VARIANTS = {
 }
 
 
+def generator(number: int) -> torch.Generator:
+    """One that gives the same numbers at every call, others for another --seed."""
+    return torch.Generator().manual_seed(1000 * torch.initial_seed() + number)
+
+
 def decoder(**config) -> DabDecoder:
-    torch.manual_seed(0)
+    torch.manual_seed(torch.initial_seed())  # the same parameters at every call
     model = DabDecoder(**({"d_model": 32, "nhead": 2, "num_layers": 3, "dim_feedforward": 48} | config))
-    perturb_(model)
+    perturb_(model, torch.initial_seed())
     return model
 
 
 def arguments(config: DecoderConfig, b=2, q=5, s=12, dtype=torch.float32) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(1)
+    numbers = generator(1)
     d = config.d_model
     shapes = (b, q, d), (b, s, d), (b, s, d), (b, q, config.query_dim)
-    return tuple(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
+    return tuple(torch.randn(shape, generator=numbers, dtype=torch.float64).to(dtype) for shape in shapes)
 
 
 def masks(kind: str, config: DecoderConfig, b=2, q=5, s=12) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(2)
-    hide = lambda *shape: torch.rand(shape, generator=generator) < 0.3  # noqa: E731
+    numbers = generator(2)
+    hide = lambda *shape: torch.rand(shape, generator=numbers) < 0.3  # noqa: E731
     return {
         "none": {},
         "padding": {"memory_key_padding_mask": hide(b, s)},

@@ -1,12 +1,16 @@
 """The counters and timers count and time what they say."""
 
+import re
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from dab_fast import measure
+from dab_fast.bench import host
 
 
 def test_aten_calls_leave_out_views_and_allocations():
@@ -97,6 +101,54 @@ def test_interleaved_times():
     measure.interleaved_times(fns, rounds=1000, warmup=0, seconds=0.2)
     assert order.count("slow") <= 11, "the budget of seconds holds"
     assert order.count("slow") == order.count("fast") >= 1, "no round is left half done"
+
+
+def test_a_gpu_that_is_not_the_current_one_is_timed(monkeypatch):
+    """Events are recorded on the given device's stream, and the host waits for that device."""
+    here, there = torch.device("cuda", 0), torch.device("cuda", 1)
+    asked = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self, stream=here):
+            asked.append(("record", stream))
+
+        def elapsed_time(self, end):
+            return 1e3
+
+    scratch = SimpleNamespace(device=there, zero_=lambda: None)
+    monkeypatch.setattr(measure, "_l2_scratch", lambda device: scratch)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=here: device)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=here: asked.append(("synchronize", device)))
+    (times,) = measure.interleaved_times({"a": lambda: None}, rounds=1, device=there).values()
+    assert times.device == [1.0]
+    steps = ("synchronize", "record", "record", "synchronize")
+    assert asked == [(step, there) for step in steps]
+
+
+@pytest.mark.parametrize("folder", ["dab_fast", "benchmarks", "examples"])
+def test_no_measurement_waits_for_whichever_gpu_is_current(folder):
+    """The scripts that run in processes of their own are text, and no test without a GPU runs them on one."""
+    root = Path(__file__).parents[1] / folder
+    current = re.compile(r"(synchronize|current_stream|\.record)\(\)")
+    found = [str(path) for path in root.rglob("*.py") if current.search(path.read_text())]
+    assert not found
+
+
+def test_the_start_is_measured_on_the_device_that_is_given(monkeypatch):
+    asked = []
+
+    def run(command, **_):
+        asked.append(command[3])
+        return SimpleNamespace(returncode=0, stdout='{"import": 1.0}')
+
+    monkeypatch.setattr(host.subprocess, "run", run)
+    monkeypatch.setattr(host.rows, "where", lambda device: {})
+    host.measure_start(torch.device("cuda", 1), repeats=1)
+    assert asked == ["cuda:1"]
 
 
 def test_quantile():

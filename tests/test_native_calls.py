@@ -147,9 +147,10 @@ def test_auto_on_the_cpu():
 
 
 @pytest.mark.skipif(not C.HAS_CUDA, reason="built without CUDA code")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_driver_the_error_names_cuda_and_the_call():
     count, why = C.cuda_devices()
+    if count:
+        pytest.skip("this machine has a GPU, whether this torch can use it or not")
     assert count == 0 and why.startswith("cudaError")
     x = (torch.zeros(2, 64).data_ptr(), 0, 0, 0, 4)
     with pytest.raises(RuntimeError, match=r"dab_fast: \w+ on cuda:0: cudaError\w+: "):

@@ -28,7 +28,9 @@ MAY_IMPORT = {
     "benchmarks": ("bench", "test"),
     "examples": ("demo",),
 }
-DISTRIBUTIONS = {"PIL": "pillow", "skimage": "scikit-image", "tomli": "pytest", "packaging": "pytest"}
+DISTRIBUTIONS = {"PIL": "pillow", "skimage": "scikit-image"} | dict.fromkeys(
+    ("tomli", "packaging", "_pytest"), "pytest"
+)
 
 
 def run_python(code):

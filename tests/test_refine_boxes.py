@@ -116,11 +116,9 @@ def test_forward_and_gradients(case):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("precision", ("ieee", "tf32"))
 @pytest.mark.parametrize("dtype", (torch.float32, *HALVES))
 @pytest.mark.parametrize("case", [*CASES, Case(lead=(6, 8, 300), d=256)], ids=str)
-def test_forward_and_gradients_on_a_gpu(case, dtype, precision, monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", precision)
+def test_forward_and_gradients_on_a_gpu(case, dtype, fp32_precision):
     with torch.device("cuda"):
         check(replace(case, dtype=dtype))
 

@@ -56,6 +56,7 @@ def test_leaves_the_generator_and_the_choice():
     assert ops.chosen_backend() == "auto"
 
 
-def test_no_gpu():
+def test_no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ops.BackendUnavailable, match=r"torch\.cuda\.is_available\(\) is False"):
         dab_fast.warmup([(1, 300, 1050)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -221,8 +222,17 @@ def _accurate(case: Case, found: rows.Row, peer: rows.Row) -> bool:
     good = rows.accurate(found.get("error"), peer.get("error"), case.dtype)
     if "worst_error" not in found:
         return good
-    flip = rows.RELU_FLIP if case.kind in _WITH_RELU else 0.0
+    flip = _relu_flip(case) if case.kind in _WITH_RELU else 0.0
     return good and rows.accurate(found["worst_error"], peer.get("worst_error"), case.dtype, flip)
+
+
+def _relu_flip(case: Case) -> float:
+    """What one unit of relu on the other side of zero, in one query, may move a gradient of a box MLP by.
+
+    That of its bias sums a term per unit that is not zero, some half of D * B * Q, all of a size, of which one comes
+    or goes: 1 / sqrt(D * B * Q / 2), 5e-3 for 300 queries of width 256; here twice.
+    """
+    return 2 / math.sqrt(case.size.d_model * case.shape.batch * case.shape.queries / 2)
 
 
 def _fill_rows(

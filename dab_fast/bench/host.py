@@ -25,7 +25,7 @@ def timed(name, fn):
     start = time.perf_counter()
     result = fn()
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     seconds[name] = time.perf_counter() - start
     return result
 
@@ -49,7 +49,7 @@ def measure_start(
     device: torch.device, size: Size = PAPER, shape: Shape = ONE_IMAGE, repeats: int = 3
 ) -> list[rows.Row]:
     """Rows of the import, `accelerate`, and the first two calls of an accelerated decoder, each in a fresh process."""
-    arguments = [sys.executable, "-c", _SCRIPT, device.type, json.dumps(vars(size)), json.dumps(vars(shape))]
+    arguments = [sys.executable, "-c", _SCRIPT, str(device), json.dumps(vars(size)), json.dumps(vars(shape))]
     runs: list[dict[str, float]] = []
     for _ in range(repeats):
         done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)

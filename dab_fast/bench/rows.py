@@ -47,11 +47,6 @@ COLUMNS = (
 # Rounding of the last sum alone, in boxes in [0, 1]: two providers may differ by it where both are right.
 ERROR_FLOOR = {"fp32": 5e-6, "fp16": 2e-4, "bf16": 1e-3}
 
-# What one unit of relu on the other side of zero, in one of 300 queries, may move a gradient of a box MLP by: that of
-# its bias sums some 256 * 300 / 2 terms of a size, of which one comes or goes, 1 / sqrt(38,400) = 5e-3; here twice.
-RELU_FLIP = 1e-2
-
-
 # A row whose 80th percentile is this many times its 20th was measured on a busy machine.
 BUSY = 1.5
 

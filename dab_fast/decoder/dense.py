@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from dab_fast._first_derivative import first_derivative_only
 from dab_fast._tracing import compiling, transformed
 
 Activation = Callable[..., Tensor]  # of the inner tensor and, for PReLU, its slope
@@ -83,9 +83,9 @@ class _JointLinear(torch.autograd.Function):
         return F.linear(x, torch.cat(weights), torch.cat(biases))
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, *weights = ctx.saved_tensors
+    @first_derivative_only
+    def backward(ctx: Any, saved: tuple[Any, ...], d_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = saved
         d_y = _rows(d_y, d_y.dtype)
         sizes = [w.shape[0] for w in weights]
         d_x: Tensor | None = None
@@ -106,9 +106,9 @@ class _SelfAttentionProjection(torch.autograd.Function):
         return qkv
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_qkv: Tensor) -> tuple[Tensor | None, ...]:
-        x, pos, *weights = ctx.saved_tensors
+    @first_derivative_only
+    def backward(ctx: Any, saved: tuple[Any, ...], d_qkv: Tensor) -> tuple[Tensor | None, ...]:
+        x, pos, *weights = saved
         d, dtype = x.shape[-1], d_qkv.dtype
         d_qk = d_qkv[:, : 2 * d]
         d_x = d_pos = None
@@ -132,9 +132,9 @@ class _FFN(torch.autograd.Function):
         return F.linear(activation(F.linear(x, w1, b1), *slope), w2, b2)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, w1, b1, w2, *slope = (t.to(d_y.dtype) for t in ctx.saved_tensors)
+    @first_derivative_only
+    def backward(ctx: Any, saved: tuple[Any, ...], d_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, w1, b1, w2, *slope = (t.to(d_y.dtype) for t in saved)
         with torch.enable_grad():
             leaves = [t.detach().requires_grad_() for t in (F.linear(x, w1, b1), *slope)]
             activated = ctx.activation(*leaves)

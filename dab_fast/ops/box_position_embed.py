@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dab_fast import reference
+from dab_fast._first_derivative import first_derivative_only
 from dab_fast._tracing import constant
 from dab_fast.ops import _backends
 from dab_fast.ops._checks import check_tensor
@@ -171,10 +171,12 @@ class _BoxPositionEmbed(torch.autograd.Function):
         return tuple(_forward(boxes, scale, ref_size_logits, num_feats, temperature, order, dtype, query, backend))
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_sine: Tensor | None, d_query_sine: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    @first_derivative_only
+    def backward(
+        ctx: Any, saved: tuple[Any, ...], d_sine: Tensor | None, d_query_sine: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
         needs = tuple(need and (d_query_sine is not None or x == 0) for x, need in enumerate(ctx.needs_input_grad[:3]))
-        found = iter(_backward(d_sine, d_query_sine, *ctx.saved_tensors, *ctx.options, list(needs), ctx.backend))
+        found = iter(_backward(d_sine, d_query_sine, *saved, *ctx.options, list(needs), ctx.backend))
         return (*(next(found) if need else None for need in needs), *(None,) * 6)
 
 

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dab_fast import reference
+from dab_fast._first_derivative import first_derivative_only
 from dab_fast._tracing import constant
 from dab_fast.backends.torch import modulated_cross_attention as in_pytorch
 from dab_fast.ops import _backends
@@ -215,8 +215,8 @@ class _ModulatedCrossAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+    @first_derivative_only
+    def backward(ctx: Any, saved: tuple[Any, ...], d_out: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[:5]
-        found = iter(_backward(d_out, *ctx.saved_tensors, *ctx.options, list(needs), ctx.backend))
+        found = iter(_backward(d_out, *saved, *ctx.options, list(needs), ctx.backend))
         return (*(next(found) if need else None for need in needs), *(None,) * 6)

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from dab_fast._first_derivative import first_derivative_only
 from dab_fast._tracing import constant
 from dab_fast.backends.torch import refine_boxes as in_pytorch
 from dab_fast.ops import _backends
@@ -135,9 +135,8 @@ class _RefineBoxes(torch.autograd.Function):
         return results[0]
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_refined: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
+    @first_derivative_only
+    def backward(ctx: Any, saved: tuple[Any, ...], d_refined: Tensor) -> tuple[Tensor | None, ...]:
         tensors, refined = saved[:8], saved[8]
         h1, h2 = saved[9:] or _forward(*tensors, ctx.eps, True, ctx.backend)[1:]
         hidden, boxes, w1, b1, w2, b2, w3, b3 = tensors

@@ -61,8 +61,10 @@ class DabDetrDecoder(Fast, original.DabDetrDecoder):
                 raise StepAside("output_attentions: the fast attention has no score matrix")
             params, config = self._read()
             mask = memory_key_padding_mask
-            if mask is not None and mask.dim() != 2:
-                raise StepAside(f"memory_key_padding_mask has {mask.dim()} dimensions, not 2")
+            if mask is not None and mask.shape != encoder_hidden_states.shape[:2]:
+                raise StepAside(f"memory_key_padding_mask has shape {list(mask.shape)}, not that of the memory")
+            if spatial_shape is None and object_queries.shape != encoder_hidden_states.shape:
+                raise StepAside(f"object_queries has shape {list(object_queries.shape)}, not that of the memory")
             # The original model makes float32 queries even where its parameters are half precision.
             content, memory, pos = (
                 self._as_parameters(x) for x in (inputs_embeds, encoder_hidden_states, object_queries)
@@ -82,11 +84,13 @@ class DabDetrDecoder(Fast, original.DabDetrDecoder):
             )
         except StepAside as reason:
             self.dab_fast_step_aside(reason)
+            if spatial_shape is not None:
+                object_queries = object_queries.expand(encoder_hidden_states.shape[0], -1, -1)
             return super().forward(
                 inputs_embeds,
                 encoder_hidden_states,
                 memory_key_padding_mask,
-                object_queries.expand(encoder_hidden_states.shape[0], -1, -1),
+                object_queries,
                 query_position_embeddings,
                 output_attentions,
                 output_hidden_states,
@@ -147,6 +151,8 @@ class DabDetrModel(Fast, original.DabDetrModel):
         """The original's arguments and results. Without padding no mask is made, and the decoder learns h and w."""
         try:
             _check_served(self, encoder_outputs, output_attentions, return_dict)
+            if pixel_mask is not None and pixel_mask.shape[:1] != pixel_values.shape[:1]:
+                raise StepAside("pixel_mask has another batch size than pixel_values")
         except StepAside as reason:
             self.dab_fast_step_aside(reason)
             return super().forward(

@@ -116,13 +116,39 @@ class FastTransformerDecoder(Fast):
                 raise StepAside(f"{', '.join(sorted({name for name, _ in changed}))} was changed after accelerate")
             if pos is None or refpoints_unsigmoid is None:
                 raise StepAside("pos or refpoints_unsigmoid is None")
-            for mask in masks:
-                if mask is not None and mask.dtype != torch.bool:
-                    raise StepAside(f"a mask is {mask.dtype}, not bool")
+            _check_masks(self, tgt, memory, *masks)
             return run(self, tgt, memory, *masks, pos, refpoints_unsigmoid)
         except StepAside as reason:
             self.dab_fast_step_aside(reason)
             return super().forward(tgt, memory, *masks, pos, refpoints_unsigmoid, **more)
+
+
+def _check_masks(
+    decoder: Any,
+    tgt: Tensor,  # [Q, B, D]
+    memory: Tensor,  # [S, B, D]
+    tgt_mask: Tensor | None,
+    memory_mask: Tensor | None,
+    tgt_key_padding_mask: Tensor | None,
+    memory_key_padding_mask: Tensor | None,
+) -> None:
+    """Raise StepAside where a mask is not what `run` takes: the original may broadcast it, or raises."""
+    (q, b), s = tgt.shape[:2], memory.shape[0]
+    for name, mask, keys, per_query in (
+        ("tgt_mask", tgt_mask, q, True),
+        ("memory_mask", memory_mask, s, True),
+        ("tgt_key_padding_mask", tgt_key_padding_mask, q, False),
+        ("memory_key_padding_mask", memory_key_padding_mask, s, False),
+    ):
+        if mask is None:
+            continue
+        if mask.dtype != torch.bool:
+            raise StepAside(f"{name} is {mask.dtype}, not bool")
+        shape: tuple[int, ...] = (q if per_query else b, keys)
+        if per_query and mask.dim() == 3:
+            shape = (b * decoder.layers[0].nhead, *shape)
+        if mask.shape != shape:
+            raise StepAside(f"{name} has shape {list(mask.shape)}, not {list(shape)}")
 
 
 def _settings(decoder: nn.Module) -> dict[str, Any]:

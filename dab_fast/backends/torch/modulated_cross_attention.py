@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dab_fast import reference
+from dab_fast._first_derivative import first_derivative_only
 from dab_fast._tracing import compiling, exporting, transformed
 from dab_fast.precision import at_least_float32, autocast_off
 
@@ -124,9 +124,9 @@ class _Attention(torch.autograd.Function):
         return _forward(q, k, v, hidden, visible, blind, scale)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, hidden = ctx.saved_tensors
+    @first_derivative_only
+    def backward(ctx: Any, saved: tuple[Any, ...], d_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, hidden = saved
         b, h, n, _ = q.shape
         needs = ctx.needs_input_grad[:3]
         # torch.compile takes it whole: blocks would tie its graph to the number of images.
