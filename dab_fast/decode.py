@@ -25,7 +25,7 @@ from dab_fast import ops, reference
 from dab_fast.config import DecoderConfig
 from dab_fast.linear import ffn, joint_linear, self_attention_projection
 from dab_fast.ops._library import constant
-from dab_fast.reference import DecoderOutput, Parameters, box_mlp, layer_norm, linear
+from dab_fast.reference import DecoderOutput, Parameters, box_mlp, layer_norm, linear, split_last
 
 _SELF_CONTENT = ("sa_qcontent", "sa_kcontent", "sa_v")
 _SELF_POS = ("sa_qpos", "sa_kpos")
@@ -106,7 +106,9 @@ def decode(
         reference_points = torch.cat((references[0][None], refine(stack[:-1], reference_points[:-1], 0)))
     hidden_states = layer_norm(params, "norm", stack)
     return (
-        DecoderOutput(hidden_states.unflatten(1, (b, q)), reference_points.unflatten(1, (b, q))),
+        DecoderOutput(
+            hidden_states.view(len(outputs), b, q, d), reference_points.view(len(references), b, q, config.query_dim)
+        ),
         [output.view(b, q, d) for output in outputs],
     )
 
@@ -169,7 +171,7 @@ class _Layers:
 
     def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:  # [B, N, parts * D] -> parts times [B, N, H, d]
         heads = self.config.nhead
-        return x.unflatten(-1, (parts, heads, self.config.d_model // heads)).unbind(-3)
+        return split_last(x, parts, heads, self.config.d_model // heads).unbind(-3)
 
     def forward(
         self,
@@ -194,7 +196,7 @@ class _Layers:
 
         weights = [params[f"{name}.{p}_proj.weight"] for p in (*_SELF_CONTENT, *_SELF_POS)]
         qkv = self_attention_projection(x, query_pos, weights, self.self_biases[layer])
-        q, k, v = self._heads(qkv.unflatten(0, self.queries), 3)
+        q, k, v = self._heads(qkv.view(*self.queries, 3 * d), 3)
         by_head = q.shape
         masks = self.tgt_key_padding_mask, self.tgt_mask
         x = self._attend(f"{name}.self_attn", f"{name}.norm1", x, (q, None, k, None, v), *masks)
@@ -299,7 +301,7 @@ def _project_pos(
     weight, bias = torch.cat(weights), torch.cat(biases)
     h, w = spatial_shape
     half = pos.shape[-1] // 2
-    grid = pos[:1].unflatten(1, (h, w))
+    grid = pos[:1].view(1, h, w, pos.shape[-1])
     rows = F.linear(grid[:, :, :1, :half], weight[:, :half], bias)  # [1, h, 1, N]
     columns = F.linear(grid[:, :1, :, half:], weight[:, half:])  # [1, 1, w, N]
     return (rows + columns).flatten(1, 2)

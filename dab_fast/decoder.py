@@ -6,10 +6,10 @@ import dataclasses
 import itertools
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dab_fast import reference
 from dab_fast.config import DecoderConfig
 from dab_fast.decode import decode
 from dab_fast.ops._checks import check_tensor
@@ -122,7 +122,7 @@ class DabDecoder(nn.Module):
         if pos.shape[0] not in (1, b):
             raise ValueError(f"pos must have shape [{b} or 1, {memory.shape[1]}, {d}], got {list(pos.shape)}")
         check_tensor("anchors_unsigmoid", anchors_unsigmoid, (b, q, self.config.query_dim), like=weight)
-        if not torch.is_autocast_enabled(weight.device.type):
+        if not reference.autocast_on(weight):
             for name, x in (("content", content), ("memory", memory), ("pos", pos)):
                 if x.dtype != weight.dtype:
                     raise TypeError(f"{name} must be {weight.dtype} as the parameters are, got {x.dtype}")

@@ -206,7 +206,7 @@ class TransformerDecoder(nn.Module):
         check_tensor("memory", memory, ("S", b, d), like=weight)
         check_tensor("pos", pos, (memory.shape[0], b, d), like=weight)
         check_tensor("refpoints_unsigmoid", refpoints_unsigmoid, (q, b, self.query_dim), like=weight)
-        if not torch.is_autocast_enabled(weight.device.type):
+        if not reference.autocast_on(weight):
             for name, x in (("tgt", tgt), ("memory", memory), ("pos", pos)):
                 if x is not None and x.dtype != weight.dtype:
                     raise TypeError(f"{name} must be {weight.dtype} as the parameters are, got {x.dtype}")

@@ -38,16 +38,21 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def autocast_on(x: Tensor) -> bool:
+    """Whether autocast is on where x is; of some devices, "meta" for one, autocast knows nothing."""
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+
+
 def autocast_off(x: Tensor) -> AbstractContextManager:
     """Autocast would take the box MLP and the logits to half precision."""
-    if torch.is_autocast_enabled(x.device.type):
+    if autocast_on(x):
         return torch.autocast(x.device.type, enabled=False)
     return nullcontext()
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a linear layer reads x here: autocast's, where that is on."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if autocast_on(x) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
@@ -75,6 +80,11 @@ def saturate(x: Tensor, dtype: torch.dtype) -> Tensor:
         limit = torch.finfo(dtype).max
         x = x.clamp(-limit, limit)
     return x.to(dtype)
+
+
+def split_last(x: Tensor, *sizes: int) -> Tensor:
+    """x.unflatten(-1, sizes), all of whose sizes PyTorch's older ONNX exporter would take for constants."""
+    return x.view(*x.shape[:-1], *sizes)
 
 
 def inverse_sigmoid(x: Tensor, eps: float) -> Tensor:
@@ -129,7 +139,7 @@ def box_position_embed(
         ratio = at_least_float32(ref_size_logits).sigmoid() / boxes[..., 2:]
         if order == "yxwh":
             ratio = ratio.flip(-1)
-        center = (center.unflatten(-1, (2, num_feats)) * ratio.unsqueeze(-1)).flatten(-2)
+        center = (split_last(center, 2, num_feats) * ratio.unsqueeze(-1)).flatten(-2)
     return sine.to(dtype), saturate(center, dtype)
 
 
@@ -141,7 +151,9 @@ def hidden_keys(
     """Both masks in one."""
     hidden = None if key_padding_mask is None else key_padding_mask[:, None, None, :]
     if attn_mask is not None:
-        mask = attn_mask.unflatten(0, (-1, heads)) if attn_mask.dim() == 3 else attn_mask
+        mask = attn_mask
+        if mask.dim() == 3:
+            mask = mask.view(mask.shape[0] // heads, heads, *mask.shape[1:])
         hidden = mask if hidden is None else hidden | mask
     return hidden
 

@@ -163,6 +163,11 @@ def transformed() -> bool:
     return _functorch() or forward_ad._current_level >= 0
 
 
+def exporting() -> bool:
+    """Whether a graph is recorded that is to run without this package: by torch.export or torch.jit.trace."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
 # What torch.compiler.assume_constant_result does, without its import of torch._dynamo, which takes a second.
 _candidates._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -180,7 +185,7 @@ def select(op: str, x: Tensor, limits: Limits, *args: Any) -> str:
     Raises:
         BackendUnavailable: the backend chosen by name cannot, with the reason.
     """
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if exporting():
         return "torch"  # an exported graph must not depend on this package
     compiling = torch.compiler.is_compiling()
     if compiling:

@@ -76,20 +76,14 @@ def modulated_cross_attention(
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     tensors = (q_content, q_pos, k_content, k_pos, v)
     given = [x for x in tensors if x is not None]
-    autocast = torch.is_autocast_enabled(v.device.type)
+    autocast = reference.autocast_on(v)
     dtypes = [reference.compute_dtype(x) if autocast else x.dtype for x in given]
     widest = max(x.shape[-1] for x in given)
     backend = _backends.select("modulated_cross_attention", q_content, _LIMITS, dtypes, widest, scale)
     if scale is None:
         scale = 1 / math.sqrt(d + (0 if q_pos is None else q_pos.shape[-1]))
     dtype = dtypes[0]
-    if backend == "torch" and (
-        dropout_p > 0
-        or s == 0
-        or v.device.type not in ("cpu", "cuda")
-        or any(x != dtype for x in dtypes)
-        or _backends.transformed()
-    ):
+    if backend == "torch" and (dropout_p > 0 or s == 0 or any(x != dtype for x in dtypes) or _backends.transformed()):
         return reference.modulated_cross_attention(
             q_content,
             q_pos,

@@ -105,7 +105,7 @@ class DabDetrDecoder(Fast, original.DabDetrDecoder):
         return result if return_dict else result.to_tuple()
 
     def _as_parameters(self, x: Tensor) -> Tensor:
-        return x if torch.is_autocast_enabled(x.device.type) else x.to(self.layernorm.weight.dtype)
+        return x if reference.autocast_on(x) else x.to(self.layernorm.weight.dtype)
 
     def _read(self) -> tuple[dict[str, Tensor], DecoderConfig]:
         params = gather(self, _is_container, canonical_name)
