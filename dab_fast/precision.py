@@ -15,16 +15,21 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def autocast_on(x: Tensor) -> bool:
+    """Whether autocast is on where x is; of some devices, "meta" for one, autocast knows nothing."""
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+
+
 def autocast_off(x: Tensor) -> AbstractContextManager:
     """Autocast would take the box MLP and the logits to half precision."""
-    if torch.is_autocast_enabled(x.device.type):
+    if autocast_on(x):
         return torch.autocast(x.device.type, enabled=False)
     return nullcontext()
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a linear layer reads x here: autocast's, where that is on."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if autocast_on(x) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 

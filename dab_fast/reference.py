@@ -32,6 +32,11 @@ class DecoderOutput(NamedTuple):
     reference_points: Tensor  # [L, B, Q, query_dim]: the anchors each layer read; [1, ...] without a box MLP
 
 
+def split_last(x: Tensor, *sizes: int) -> Tensor:
+    """x.unflatten(-1, sizes), all of whose sizes PyTorch's older ONNX exporter would take for constants."""
+    return x.view(*x.shape[:-1], *sizes)
+
+
 def inverse_sigmoid(x: Tensor, eps: float) -> Tensor:
     """log(x / (1 - x)) with x in [0, 1], numerator and denominator kept at least `eps` separately."""
     x = x.clamp(0, 1)
@@ -84,7 +89,7 @@ def box_position_embed(
         ratio = at_least_float32(ref_size_logits).sigmoid() / boxes[..., 2:]
         if order == "yxwh":
             ratio = ratio.flip(-1)
-        center = (center.unflatten(-1, (2, num_feats)) * ratio.unsqueeze(-1)).flatten(-2)
+        center = (split_last(center, 2, num_feats) * ratio.unsqueeze(-1)).flatten(-2)
     return sine.to(dtype), saturate(center, dtype)
 
 
@@ -96,7 +101,9 @@ def hidden_keys(
     """Both masks in one."""
     hidden = None if key_padding_mask is None else key_padding_mask[:, None, None, :]
     if attn_mask is not None:
-        mask = attn_mask.unflatten(0, (-1, heads)) if attn_mask.dim() == 3 else attn_mask
+        mask = attn_mask
+        if mask.dim() == 3:
+            mask = mask.view(mask.shape[0] // heads, heads, *mask.shape[1:])
         hidden = mask if hidden is None else hidden | mask
     return hidden
 

@@ -56,7 +56,7 @@ def test_a_compiled_model_is_compiled_anew():
         dab_fast.accelerate(compiled)
         got = compiled(**inputs())
     assert len(graphs) > before
-    assert isinstance(model, dab_fast.adapters.idea_research.FastTransformerDecoder)
+    assert isinstance(model, dab_fast.adapters.idea_research.models.FastTransformerDecoder)
     torch.testing.assert_close(got[1], expected[1], rtol=0, atol=BOX_TOLERANCE)
 
 

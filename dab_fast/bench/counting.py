@@ -76,7 +76,7 @@ def decoder_counts(tokens: tuple[int, ...] = tuple(FEATURE_MAPS), size: Size = P
     for s in tokens:
         height, width = FEATURE_MAPS[s]
         work = Decoder(Shape(height=height, width=width), size=size)
-        with mock.patch.dict(SCORES_AT_ONCE, cpu=SCORES_AT_ONCE["cuda"]):
+        with mock.patch.dict(SCORES_AT_ONCE, cpu=SCORES_AT_ONCE["gpu"]):
             counts[str(s)] = {
                 p.name: count_modes(work, p) for p in PROVIDERS.values() if p.counted and p.why_not(work) is None
             }

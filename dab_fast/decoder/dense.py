@@ -1,8 +1,8 @@
 """The decoder's dense parts as autograd Functions that keep for backward what is already there.
 
 A product with several joined weights keeps the parameters, not their joined copy; the FFN keeps its input and computes
-its wide inner activation again. Under torch.compile, torch.export and torch.func the plain compositions run, which
-those tools partition themselves.
+its wide inner activation again. Under torch.compile, torch.export, torch.jit.trace and torch.func the plain
+compositions run, which those tools partition themselves.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def self_attention_projection(
     """q and k are projections of the content plus projections of the position, v is one of the content."""
     if _plain(x, pos, *weights, bias):
         qk, v = F.linear(x, torch.cat(tuple(weights[:3])), bias).split((2 * x.shape[-1], x.shape[-1]), -1)
-        return torch.cat((torch.addmm(qk, pos, torch.cat(tuple(weights[3:])).mT), v), -1)
+        return torch.cat((torch.addmm(qk, pos, torch.cat(tuple(weights[3:])).t()), v), -1)
     return _SelfAttentionProjection.apply(x, pos, bias, *weights)
 
 
@@ -64,7 +64,12 @@ def ffn(
 
 def _plain(*tensors: Tensor) -> bool:
     """Whether the plain composition serves: no gradient is asked for, or a tracer sees to memory itself."""
-    return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)) or compiling() or transformed()
+    return (
+        not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+        or compiling()
+        or torch.jit.is_tracing()
+        or transformed()
+    )
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:

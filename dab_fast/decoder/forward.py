@@ -27,7 +27,15 @@ from dab_fast.config import DecoderConfig
 from dab_fast.decoder.dense import ffn, joint_linear, self_attention_projection
 from dab_fast.ops.modulated_cross_attention import AttentionMask, attend, attention_mask
 from dab_fast.precision import at_least_float32, compute_dtype, saturate
-from dab_fast.reference import DecoderOutput, Parameters, box_mlp, has_shared_box_mlp, layer_norm, linear
+from dab_fast.reference import (
+    DecoderOutput,
+    Parameters,
+    box_mlp,
+    has_shared_box_mlp,
+    layer_norm,
+    linear,
+    split_last,
+)
 
 _SELF_CONTENT = ("sa_qcontent", "sa_kcontent", "sa_v")
 _SELF_POS = ("sa_qpos", "sa_kpos")
@@ -53,7 +61,7 @@ def decode(
     """`reference.decode` on the fused ops. Also returns every layer's output before the norm, [B, Q, D] each."""
     b, q, d = content.shape
     config = _with_constants(config)
-    queries, tokens = (x.unflatten(-1, (config.nhead, -1)) for x in (content, memory))
+    queries, tokens = (split_last(x, config.nhead, d // config.nhead) for x in (content, memory))
     layers = _Layers(
         params=params,
         config=config,
@@ -107,7 +115,9 @@ def decode(
         reference_points = torch.cat((references[0][None], refine(stack[:-1], reference_points[:-1], 0)))
     hidden_states = layer_norm(params, "norm", stack)
     return (
-        DecoderOutput(hidden_states.unflatten(1, (b, q)), reference_points.unflatten(1, (b, q))),
+        DecoderOutput(
+            hidden_states.view(len(outputs), b, q, d), reference_points.view(len(references), b, q, config.query_dim)
+        ),
         [output.view(b, q, d) for output in outputs],
     )
 
@@ -168,7 +178,7 @@ class _Layers:
 
     def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:  # [B, N, parts * D] -> parts times [B, N, H, d]
         heads = self.config.nhead
-        return x.unflatten(-1, (parts, heads, self.config.d_model // heads)).unbind(-3)
+        return split_last(x, parts, heads, self.config.d_model // heads).unbind(-3)
 
     def forward(
         self,
@@ -193,7 +203,7 @@ class _Layers:
 
         weights = [params[f"{name}.{p}_proj.weight"] for p in (*_SELF_CONTENT, *_SELF_POS)]
         qkv = self_attention_projection(x, query_pos, weights, self.self_biases[layer])
-        q, k, v = self._heads(qkv.unflatten(0, self.queries), 3)
+        q, k, v = self._heads(qkv.view(*self.queries, 3 * d), 3)
         by_head = q.shape
         x = self._attend(f"{name}.self_attn", f"{name}.norm1", x, (q, None, k, None, v), self.self_mask)
 
@@ -291,7 +301,7 @@ def _project_pos(
     weight, bias = torch.cat(weights), torch.cat(biases)
     h, w = spatial_shape
     half = pos.shape[-1] // 2
-    grid = pos[:1].unflatten(1, (h, w))
+    grid = pos[:1].view(1, h, w, pos.shape[-1])
     rows = F.linear(grid[:, :, :1, :half], weight[:, :half], bias)  # [1, h, 1, N]
     columns = F.linear(grid[:, :1, :, half:], weight[:, half:])  # [1, 1, w, N]
     return (rows + columns).flatten(1, 2)

@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,6 +13,7 @@ from dab_fast.config import DecoderConfig
 from dab_fast.decoder.forward import decode
 from dab_fast.ops._checks import check_tensor
 from dab_fast.parameters import StepAside, gather
+from dab_fast.precision import autocast_on
 from dab_fast.reference import DecoderOutput
 
 
@@ -122,7 +122,7 @@ class DabDecoder(nn.Module):
         if pos.shape[0] not in (1, b):
             raise ValueError(f"pos must have shape [{b} or 1, {memory.shape[1]}, {d}], got {list(pos.shape)}")
         check_tensor("anchors_unsigmoid", anchors_unsigmoid, (b, q, self.config.query_dim), like=weight)
-        if not torch.is_autocast_enabled(weight.device.type):
+        if not autocast_on(weight):
             for name, x in (("content", content), ("memory", memory), ("pos", pos)):
                 if x.dtype != weight.dtype:
                     raise TypeError(f"{name} must be {weight.dtype} as the parameters are, got {x.dtype}")

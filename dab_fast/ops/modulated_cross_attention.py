@@ -15,7 +15,7 @@ from dab_fast.backends.torch import modulated_cross_attention as in_pytorch
 from dab_fast.ops import _backends
 from dab_fast.ops._checks import check_tensor
 from dab_fast.ops._library import define
-from dab_fast.precision import compute_dtype, saturate
+from dab_fast.precision import autocast_on, compute_dtype, saturate
 
 
 def modulated_cross_attention(
@@ -119,14 +119,14 @@ def attend(
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     tensors = (q_content, q_pos, k_content, k_pos, v)
     given = [x for x in tensors if x is not None]
-    autocast = torch.is_autocast_enabled(v.device.type)
+    autocast = autocast_on(v)
     dtypes = [compute_dtype(x) if autocast else x.dtype for x in given]
     widest = max(x.shape[-1] for x in given)
     backend = _backends.select("modulated_cross_attention", q_content, dtypes, widest, scale)
     if scale is None:
         scale = 1 / math.sqrt(d + (0 if q_pos is None else q_pos.shape[-1]))
     masks = mask.key_padding_mask, mask.attn_mask
-    if backend == "torch" and in_pytorch.why_not_fused(dtypes, s, v.device, dropout_p) is not None:
+    if backend == "torch" and in_pytorch.why_not_fused(dtypes, s, dropout_p) is not None:
         return reference.modulated_cross_attention(
             *tensors, key_padding_mask=masks[0], attn_mask=masks[1], scale=scale, dropout_p=dropout_p
         )

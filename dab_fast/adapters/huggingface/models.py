@@ -20,6 +20,7 @@ from dab_fast.adapters.huggingface import INVERSE_SIGMOID_EPS, canonical_name
 from dab_fast.config import Activation, DecoderConfig
 from dab_fast.decoder import decode, predict_boxes
 from dab_fast.parameters import StepAside, gather
+from dab_fast.precision import autocast_on
 
 
 def _is_container(module: nn.Module) -> bool:
@@ -106,7 +107,7 @@ class DabDetrDecoder(Fast, original.DabDetrDecoder):
         return result if return_dict else result.to_tuple()
 
     def _as_parameters(self, x: Tensor) -> Tensor:
-        return x if torch.is_autocast_enabled(x.device.type) else x.to(self.layernorm.weight.dtype)
+        return x if autocast_on(x) else x.to(self.layernorm.weight.dtype)
 
     def _read(self) -> tuple[dict[str, Tensor], DecoderConfig]:
         params = gather(self, _is_container, canonical_name)

@@ -22,6 +22,7 @@ from dab_fast.config import Activation
 from dab_fast.decoder import MLP
 from dab_fast.ops._checks import check_tensor
 from dab_fast.parameters import StepAside
+from dab_fast.precision import autocast_on
 
 
 class TransformerDecoderLayer(nn.Module):
@@ -131,7 +132,8 @@ class TransformerDecoder(nn.Module):
         if not isinstance(decoder_layer, TransformerDecoderLayer):
             kind = type(decoder_layer)
             raise TypeError(
-                f"decoder_layer must be a {__name__}.TransformerDecoderLayer, got {kind.__module__}.{kind.__qualname__}"
+                "decoder_layer must be a dab_fast.idea_research.TransformerDecoderLayer, "
+                f"got {kind.__module__}.{kind.__qualname__}"
             )
         if type(decoder_layer).forward is not TransformerDecoderLayer.forward:
             raise ValueError(f"{type(decoder_layer).__qualname__} has a forward of its own, which would not be called")
@@ -206,7 +208,7 @@ class TransformerDecoder(nn.Module):
         check_tensor("memory", memory, ("S", b, d), like=weight)
         check_tensor("pos", pos, (memory.shape[0], b, d), like=weight)
         check_tensor("refpoints_unsigmoid", refpoints_unsigmoid, (q, b, self.query_dim), like=weight)
-        if not torch.is_autocast_enabled(weight.device.type):
+        if not autocast_on(weight):
             for name, x in (("tgt", tgt), ("memory", memory), ("pos", pos)):
                 if x is not None and x.dtype != weight.dtype:
                     raise TypeError(f"{name} must be {weight.dtype} as the parameters are, got {x.dtype}")

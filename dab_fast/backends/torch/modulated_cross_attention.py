@@ -23,8 +23,8 @@ from dab_fast._first_derivative import first_derivative_only
 from dab_fast._tracing import compiling, exporting, transformed
 from dab_fast.precision import at_least_float32, autocast_off
 
-# The scores of which the backward holds three matrices at a time: on a CPU what its cache does, on a GPU a gigabyte.
-SCORES_AT_ONCE = {"cpu": 2**21, "cuda": 2**26}
+# The scores of which the backward holds three matrices at a time: on a CPU what its cache does, elsewhere a gigabyte.
+SCORES_AT_ONCE = {"cpu": 2**21, "gpu": 2**26}
 
 # The flags that sdpa_kernel sets and puts back belong to the process; the replicas of DataParallel are threads.
 _FLAGS = threading.Lock()
@@ -46,14 +46,12 @@ def merge(key_padding_mask: Tensor | None, attn_mask: Tensor | None, heads: int)
     return Merged(hidden, ~hidden | blind, blind)
 
 
-def why_not_fused(dtypes: Sequence[torch.dtype], keys: int, device: torch.device, dropout_p: float) -> str | None:
+def why_not_fused(dtypes: Sequence[torch.dtype], keys: int, dropout_p: float) -> str | None:
     """Why the specification runs, which keeps every score, and not `attend`; None where `attend` serves."""
     if dropout_p > 0:
         return "dropout needs the weights"
     if keys == 0:
         return "there are no keys"
-    if device.type not in ("cpu", "cuda"):
-        return f"it was written for CPU and CUDA, got {device.type}"
     if any(dtype != dtypes[0] for dtype in dtypes):
         return f"it needs one dtype for all tensors, got {', '.join(map(str, dtypes))}"
     if transformed():
@@ -93,15 +91,21 @@ def _forward(
     """PyTorch's fused attention, with zeros where every key is hidden.
 
     The CPU kernel wants v as wide as q and k: padding v there takes half the time of materialised scores (S = 4200:
-    17 ms against 33 ms on two cores). On CUDA the memory-efficient kernel takes unequal widths.
+    17 ms against 33 ms on two cores). On CUDA the memory-efficient kernel takes unequal widths. Other devices have
+    kernels of their own, of which nothing is known: there the scores are materialised, in float32 at least.
     """
     on_cpu, d_v = v.device.type == "cpu", v.shape[-1]
     if on_cpu and d_v < q.shape[-1]:
         v = F.pad(v, (0, q.shape[-1] - d_v))
-    alone = nullcontext() if on_cpu or compiling() else _FLAGS
-    kernels = nullcontext() if on_cpu else sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
-    with alone, kernels:
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
+    if on_cpu or v.device.type == "cuda":
+        alone = nullcontext() if on_cpu or compiling() else _FLAGS
+        kernels = nullcontext() if on_cpu else sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+        with alone, kernels:
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
+    else:
+        with autocast_off(v):
+            wide_q, wide_k = at_least_float32(q) * scale, at_least_float32(k)
+            attended = _weights(wide_q, wide_k, hidden).to(v.dtype) @ v
     if blind is not None:
         attended = attended.masked_fill(blind, 0)
     return attended[..., :d_v]
@@ -147,13 +151,25 @@ class _Attention(torch.autograd.Function):
 
 def _blocks(b: int, h: int, scores: int, device_type: str) -> list[tuple[slice, slice]]:
     """Images and heads to compute at once, of `scores` scores a head."""
-    most = SCORES_AT_ONCE[device_type]
+    most = SCORES_AT_ONCE["cpu" if device_type == "cpu" else "gpu"]
     images, heads = max(1, most // max(1, scores * h)), min(h, max(1, most // max(1, scores)))
     return [
         (slice(image, image + images), slice(head, head + heads))
         for image in range(0, b, images)
         for head in range(0, h, heads)
     ]
+
+
+def _weights(
+    q: Tensor,  # [B, H, Q, d], scaled
+    k: Tensor,  # [B, H, S, d]
+    hidden: Tensor | None,  # bool, broadcastable to [B, H, Q, S]
+) -> Tensor:  # [B, H, Q, S]
+    """The softmax; even where every key is hidden."""
+    logits = q @ k.transpose(-1, -2)
+    if hidden is not None:
+        logits.masked_fill_(hidden, torch.finfo(logits.dtype).min)
+    return torch.softmax(logits, -1)
 
 
 def _backward(
@@ -167,10 +183,7 @@ def _backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # those needed of d_q, d_k, d_v
     need_q, need_k, need_v = needs
     wide_q, wide_k = at_least_float32(q) * scale, at_least_float32(k)
-    weights = wide_q @ wide_k.mT
-    if hidden is not None:
-        weights.masked_fill_(hidden, torch.finfo(weights.dtype).min)
-    weights = torch.softmax(weights, -1)
+    weights = _weights(wide_q, wide_k, hidden)
     if hidden is not None:
         weights.masked_fill_(hidden, 0)
     d_v = weights.to(v.dtype).mT @ d_out if need_v else None
