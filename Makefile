@@ -23,6 +23,7 @@ lint: $(VENV)/.for-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 $(VENV)/.for-demo: EXTRAS := demo
 $(VENV)/.for-test: EXTRAS := test
