@@ -8,7 +8,10 @@ WORKERS ?= 2
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test sweep lint clean
+# The test files of one op, which its name begins.
+OP_TESTS = $(wildcard tests/test_$(OP).py tests/test_$(OP)_*.py)
+
+.PHONY: demo test sweep quick gpu lint clean
 
 demo: $(VENV)/.for-demo
 	$(BIN)/dab-fast demo
@@ -18,6 +21,16 @@ test: lint
 
 sweep: lint
 	$(PYTEST) -m "not gpu"
+
+quick: $(VENV)/.for-test
+	@test -n "$(OP_TESTS)" || { echo "OP must name an op, as in: make quick OP=refine_boxes; got OP=$(OP)" >&2; exit 1; }
+	$(PYTEST) -m "not sweep and not gpu" $(OP_TESTS)
+
+# What passed is recorded even where something else failed; the target then fails all the same.
+gpu: $(VENV)/.for-test
+	mkdir -p build
+	TRITON_INTERPRET=0 $(PYTEST) -m gpu --junitxml=build/gpu.xml; status=$$?; \
+		$(BIN)/python -m benchmarks.validate build/gpu.xml --out dab_fast/ops/validated.json && exit $$status
 
 lint: $(VENV)/.for-test
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 """Which kernels a run of the tests marked `gpu` has validated: what `auto` may choose on that architecture.
 
     pytest tests -m gpu --junitxml=tests.xml
-    python -m benchmarks.validate tests.xml [--backends triton native] [--out dab_fast/validated.json]
+    python -m benchmarks.validate tests.xml [--backends triton native] [--out dab_fast/ops/validated.json]
 
 An op's backend is validated if tests of it ran on this GPU and none of them failed, nor any of the whole decoder on
 that backend. Prints {op: {backend: {architecture: record}}}, or with --out adds it to that file. Where two backends are

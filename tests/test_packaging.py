@@ -177,7 +177,7 @@ def test_source_distribution_is_whole(tmp_path):
 
 @pytest.mark.sweep
 def test_tests_run_from_an_unpacked_source_distribution(tmp_path):
-    """The build backend packs a copy of this tree, without a network; all tests can be collected there, and some run."""
+    """The build backend packs a copy of this tree, offline; all tests can be collected there, and some run."""
     tree = tmp_path / "tree"
     ignored = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "_C.*")
     shutil.copytree(ROOT, tree, ignore=ignored)
