@@ -11,10 +11,13 @@ PYTEST := $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 # Whose tolerances are to hold for any inputs.
 ACCURACY := $(addprefix tests/test_,native.py cuda_on_cpu.py bounds.py box_position_embed.py refine_boxes.py \
-	attention_kernel.py attention_op.py decoder.py triton_decoder.py)
+	modulated_cross_attention.py modulated_cross_attention_kernel.py decoder.py triton_decoder.py)
 SEEDS ?= 0 1 2 3 4 5 6 7 8 9
 
-.PHONY: demo test check newest sweep seeds lint clean
+# The test files of one op, which its name begins.
+OP_TESTS = $(wildcard tests/test_$(OP).py tests/test_$(OP)_*.py)
+
+.PHONY: demo test check newest sweep seeds quick gpu lint clean
 
 demo: $(VENV)/.for-demo
 	$(BIN)/dab-fast demo
@@ -34,10 +37,21 @@ sweep: lint
 seeds: $(VENV)/.for-test
 	for seed in $(SEEDS); do $(PYTEST) -m "not sweep and not gpu" --seed $$seed $(ACCURACY) || exit 1; done
 
+quick: $(VENV)/.for-test
+	@test -n "$(OP_TESTS)" || { echo "OP must name an op, as in: make quick OP=refine_boxes; got OP=$(OP)" >&2; exit 1; }
+	$(PYTEST) -m "not sweep and not gpu" $(OP_TESTS)
+
+# What passed is recorded even where something else failed; the target then fails all the same.
+gpu: $(VENV)/.for-test
+	mkdir -p build
+	$(PYTEST) -m gpu --junitxml=build/gpu.xml; status=$$?; \
+		$(BIN)/python -m benchmarks.validate build/gpu.xml --out dab_fast/ops/validated.json && exit $$status
+
 lint: $(VENV)/.for-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 $(VENV)/.for-demo: EXTRAS := demo
 $(VENV)/.for-test: EXTRAS := test

@@ -101,7 +101,7 @@ if wanted tests; then
     if [ -n "$dry" ]; then
         stage "tests (collected)" 60 "$python" -m pytest tests -m gpu --collect-only -q -p no:cacheprovider
     else
-        stage "selftest" 60 "$python" -c 'from dab_fast.cli import main; main()' selftest --device cuda
+        stage "selftest" 60 "$python" -m dab_fast selftest --device cuda
         # Most of their time goes into compiling some hundred kernels, on the cores of the host.
         report="$(mktemp)"
         stage "tests" "$([ "$only" = tests ] && echo 430 || echo 150)" \

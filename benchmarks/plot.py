@@ -1,8 +1,8 @@
 """Pictures of the results: python -m benchmarks.plot [--results FOLDER] [--out FOLDER]
 
 Per device: decoder times (over the batch where several were measured), speed-ups, memory. For any machine: the counts
-and the predicted roofline, with measured points where there are some. PNG and SVG, with a transparent background and
-colours that can be read on white and on black.
+and the predicted roofline, with measured points where there are some. PNG, with a transparent background and colours
+that can be read on white and on black.
 """
 
 from __future__ import annotations
@@ -54,7 +54,6 @@ STYLE = {
     "axes.spines.right": False,
     "legend.frameon": False,
     "savefig.transparent": True,
-    "svg.hashsalt": "dab_fast",
 }
 
 Row = dict[str, str]
@@ -237,15 +236,14 @@ def roofline(folder: Path, gpu: hardware.Gpu) -> Any:
 
 
 def draw(results: Path, out: Path) -> list[Path]:
-    """Writes every picture that the results allow and returns the PNG files."""
+    """Writes every picture that the results allow and returns the files."""
     out.mkdir(parents=True, exist_ok=True)
     written = []
 
     def save(figure: Any, name: str) -> None:
         if figure is None:
             return
-        for suffix in ("svg", "png"):
-            figure.savefig(out / f"{name}.{suffix}", metadata={"Date": None} if suffix == "svg" else None)
+        figure.savefig(out / f"{name}.png")
         plt.close(figure)
         written.append(out / f"{name}.png")
 

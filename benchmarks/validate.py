@@ -24,7 +24,11 @@ ROOT = Path(__file__).parents[1]
 
 # The test files that prove a backend's kernels of an op.
 PROOFS = {
-    ("modulated_cross_attention", "triton"): ("test_attention_kernel", "test_attention_op", "test_triton_decoder"),
+    ("modulated_cross_attention", "triton"): (
+        "test_modulated_cross_attention",
+        "test_modulated_cross_attention_kernel",
+        "test_triton_decoder",
+    ),
     ("box_position_embed", "triton"): ("test_box_position_embed", "test_triton_decoder"),
     ("refine_boxes", "triton"): ("test_refine_boxes", "test_triton_decoder"),
     ("box_position_embed", "native"): ("test_native", "test_native_calls"),

@@ -35,6 +35,13 @@ def test_transformers(tmp_path):
 
 def test_triton(tmp_path):
     environment = install(tmp_path, "--no-deps", "triton==3.6.0", "numpy<2.4")  # its interpreter needs the older numpy
-    run_tests(environment, "attention_kernel", "attention_op", "box_position_embed", "refine_boxes", "triton_decoder")
+    run_tests(
+        environment,
+        "modulated_cross_attention_kernel",
+        "modulated_cross_attention",
+        "box_position_embed",
+        "refine_boxes",
+        "triton_decoder",
+    )
     environment.pop("TRITON_INTERPRET", None)
     run(environment, "benchmarks.kernel_budget", "--arch", "80,90")

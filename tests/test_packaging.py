@@ -7,8 +7,10 @@ import importlib.metadata
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -158,6 +160,45 @@ def test_installed_package_is_whole(tmp_path):
     tracked = [path for path in (ROOT / "dab_fast").rglob("*") if path.suffix in (".py", ".json", ".typed")]
     missing = [path for path in tracked if not (tmp_path / path.relative_to(ROOT)).is_file()]
     assert len(tracked) > 20 and not missing
+
+
+def test_source_distribution_is_whole(tmp_path):
+    """Every file that the tests read, or that a reader of the checkout would miss, is in what an sdist packs."""
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", tmp_path]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    packed = set((tmp_path / "dab_fast.egg-info" / "SOURCES.txt").read_text().split())
+    at_the_top = [p for p in ROOT.iterdir() if p.suffix in (".md", ".txt", ".toml", ".py") or p.name == "Makefile"]
+    folders = ("benchmarks", "csrc", "dab_fast", "docs", "examples", "tests")
+    below = [
+        p for folder in folders for p in (ROOT / folder).rglob("*") if p.is_file() and "__pycache__" not in p.parts
+    ]
+    files = [path for path in [*at_the_top, *below] if path.suffix != ".so"]
+    missing = sorted({path.relative_to(ROOT).as_posix() for path in files} - packed)
+    assert len(files) > 100 and not missing
+
+
+@pytest.mark.sweep
+def test_tests_run_from_an_unpacked_source_distribution(tmp_path):
+    """The build backend packs a copy of this tree, offline; all tests can be collected there, and some run."""
+    tree = tmp_path / "tree"
+    ignored = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "_C.*")
+    shutil.copytree(ROOT, tree, ignore=ignored)
+
+    def run(folder, *command):
+        environment = os.environ | {"PYTHONPATH": str(folder)}
+        done = subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout
+
+    run(tree, "-c", f"from setuptools.build_meta import build_sdist; build_sdist({str(tmp_path)!r})")
+    (archive,) = tmp_path.glob("dab_fast-*.tar.gz")
+    with tarfile.open(archive) as packed:
+        packed.extractall(tmp_path, filter="data")
+    unpacked = tmp_path / archive.name.removesuffix(".tar.gz")
+    assert run(unpacked, "-c", "import dab_fast; print(dab_fast.__file__)").startswith(str(unpacked))
+    run(unpacked, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "tests", "benchmarks")
+    some = ["tests/test_examples.py", "tests/test_packaging.py", "tests/test_refine_boxes.py"]
+    run(unpacked, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not sweep and not gpu", *some)
 
 
 @pytest.mark.sweep
