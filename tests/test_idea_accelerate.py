@@ -99,7 +99,7 @@ def low_rank(decoder):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (float_mask, "a mask is torch.float32, not bool"),
+        (float_mask, "tgt_mask is torch.float32, not bool"),
         (hook, "layers.1.ca_v_proj has a hook or a patched forward"),
         (low_rank, "layers.0.sa_v_proj is a tests.test_idea_accelerate.LowRank"),
     ],
