@@ -9,10 +9,11 @@ from torch import Tensor
 
 
 def at_least_float32(x: Tensor) -> Tensor:
+    """x in float64 where it is that already, else in float32."""
     return x if x.dtype == torch.float64 else x.float()
 
 
-def autocast_off(x: Tensor) -> AbstractContextManager:
+def autocast_off(x: Tensor) -> AbstractContextManager[None]:
     """Autocast would take the box MLP and the logits to half precision."""
     if torch.is_autocast_enabled(x.device.type):
         return torch.autocast(x.device.type, enabled=False)

@@ -38,7 +38,7 @@ from tests.support.models import assert_same_gradients, perturb_
 
 @pytest.mark.parametrize("make", [loaded_drop_in, accelerated])
 @pytest.mark.parametrize(
-    ("variant", "masks"),
+    "variant, masks",
     [(variant, masks) for variant in VARIANTS for masks in ("none", "padded")]
     + [
         (variant, masks) for variant in ("default", "points", "keep_query_pos") for masks in ("denoising", "everything")
@@ -193,7 +193,7 @@ def layer(**options):
 
 
 @pytest.mark.parametrize(
-    ("build", "message"),
+    "build, message",
     [
         (lambda: layer(rm_self_attn_decoder=True), "rm_self_attn_decoder must be False"),
         (lambda: layer(activation="glu"), "activation must be one of"),
@@ -219,7 +219,7 @@ def test_unsupported_options(build, message):
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "message"),
+    "change, error, message",
     [
         ({"tgt": torch.zeros(Q, B, D + 4)}, ValueError, r"tgt must have shape \[Q, B, 32\], got \[7, 2, 36\]"),
         ({"memory": torch.zeros(S, B + 1, D)}, ValueError, r"memory must have shape \[S, 2, 32\]"),
