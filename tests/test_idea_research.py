@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dab_fast import idea_research, reference
-from dab_fast.adapters import idea_research as adapter
+from dab_fast.adapters.idea_research import models
 from tests.support import idea_second_writing as second
 from tests.support.idea_models import (
     HIDDEN_TOLERANCE,
@@ -177,7 +177,7 @@ def test_half_and_autocast():
         found = ours(**given)
         assert found[1].dtype == torch.float32
         tensors = (given[name].transpose(0, 1) for name in ("tgt", "memory", "pos", "refpoints_unsigmoid"))
-        specified = reference.decode(*adapter.read(ours), *tensors)
+        specified = reference.decode(*models.read(ours), *tensors)
         for got, theirs, want in zip(found, specified, exact, strict=True):
             assert got.isfinite().all() and got.dtype == theirs.dtype
             assert (got - want).abs().max() <= 2 * (theirs - want).abs().max()
