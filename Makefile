@@ -7,7 +7,9 @@ CONSTRAINTS ?= -c constraints.txt
 
 # What an installation depends on: the extension is compiled while installing.
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
-PYTEST := $(BIN)/pytest -n $(WORKERS) --dist worksteal
+# A warning that the package causes is an error, but only here, with the versions of constraints.txt: elsewhere a new
+# release of another library may deprecate something on any day.
+PYTEST := $(BIN)/pytest -n $(WORKERS) --dist worksteal -o filterwarnings=error:::dab_fast
 
 # Whose tolerances are to hold for any inputs.
 ACCURACY := $(addprefix tests/test_,native.py cuda_on_cpu.py bounds.py box_position_embed.py refine_boxes.py \

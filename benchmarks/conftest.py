@@ -96,7 +96,7 @@ def pytest_collection_finish(session):
     state = session.config.stash[STATE]
     for item in session.items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        if "case" in params:
+        if {"case", "provider"} <= params.keys():
             state.chosen.setdefault(params["case"], []).append(params["provider"])
 
 

@@ -76,7 +76,7 @@ class Budget:
 def cases() -> dict[str, CompileCase]:
     found: dict[str, CompileCase] = {}
     for module in pkgutil.iter_modules(kernels.__path__, "dab_fast.backends.triton."):
-        listed = getattr(importlib.import_module(module.name), "compile_cases", list)()
+        listed: list[CompileCase] = getattr(importlib.import_module(module.name), "compile_cases", list)()
         for case in listed:
             if case.name in found:
                 raise ValueError(f"two cases are named {case.name!r}")
@@ -96,7 +96,7 @@ def tile_loads(ir: str) -> set[Place]:
         if found := PLACE.search(text):
             return found[1], int(found[3])
         # "name"(#loc1), or callsite(#loc1 at #loc2) of an inlined function: the first is the inner one
-        return place(names[re.search(r"#loc\d*", text)[0]])
+        return place(names[re.findall(r"#loc\d*", text)[0]])
 
     return {place(names[name]) for name in TILE_LOAD.findall(ir)}
 
@@ -140,7 +140,7 @@ def measure(arch: int, name: str) -> Budget:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        registers = int(re.search(r"REG:(\d+)", _tool("cuobjdump", "--dump-resource-usage", cubin.name))[1])
+        registers = int(re.findall(r"REG:(\d+)", _tool("cuobjdump", "--dump-resource-usage", cubin.name))[0])
         code = _tool("nvdisasm", "-c", cubin.name)
     counts = Counter(INSTRUCTION.findall(code))
 
@@ -174,7 +174,7 @@ def measure(arch: int, name: str) -> Budget:
         spills,
         spills_in_loops,
         shared,
-        compute(chip, registers, 32 * options["num_warps"], smem_dynamic=shared).blocks_per_sm,
+        compute(chip, registers, 32 * case.options["num_warps"], smem_dynamic=shared).blocks_per_sm,
         sum(counts.values()),
         tensor_cores,
         round(share, 3),

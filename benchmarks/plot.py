@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ COLORS = {
     "graph": "#388bfd",
 }
 OTHER = "#c98a5a"  # a provider that has no colour yet
-STYLE = {
+STYLE: Any = {
     "figure.dpi": 110,
     "savefig.dpi": 160,
     "font.size": 10,
@@ -111,7 +112,7 @@ def _bar_figure(found: list[Row], column: str, label: str, title: str, form: str
     return figure
 
 
-def _label_ends(axes: Axes, ends: list[tuple[str, str, float, float]]) -> None:
+def _label_ends(axes: Axes, ends: Sequence[tuple[str, str, float, float]]) -> None:
     """Names at the right ends of lines on a logarithmic axis, moved apart where they would meet."""
     low, high = axes.get_ylim()
     apart, above = (high / low) ** 0.045, 0.0

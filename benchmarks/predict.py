@@ -74,9 +74,11 @@ def totals(gpu: Gpu, dtype: str, folder: Path) -> str:
         names = sorted({p for b, s, p in known if (b, s) == (case["batch"], case["tokens"])})
         for name, ms in case["predicted_ms"].items():
             lines.append(f"  {name:12} predicted {ms:8.3f}{_measured(known, case, name)}")
-        for name in names:
-            if name not in case["predicted_ms"]:
-                lines.append(f"  {name:12} predicted        -{_measured(known, case, name)}")
+        lines += [
+            f"  {name:12} predicted        -{_measured(known, case, name)}"
+            for name in names
+            if name not in case["predicted_ms"]
+        ]
     return "\n".join(lines)
 
 

@@ -54,6 +54,7 @@ class DecoderConfig:
 
     @property
     def has_dropout(self) -> bool:
+        """Whether any of the three rates is above zero."""
         return max(self.dropout, self.attention_dropout, self.activation_dropout) > 0.0
 
     def __post_init__(self) -> None:

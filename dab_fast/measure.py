@@ -153,9 +153,11 @@ class Times:
 
     @property
     def best(self) -> list[float]:
+        """The device's times where there are some, else the wall clock's."""
         return self.wall if self.device is None else self.device
 
     def quantile(self, q: float) -> float:
+        """The time that the share `q` of the calls stays below."""
         return quantile(self.best, q)
 
 

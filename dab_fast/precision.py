@@ -12,6 +12,7 @@ from torch import Tensor
 
 
 def at_least_float32(x: Tensor) -> Tensor:
+    """x in float64 where it is that already, else in float32."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -20,7 +21,7 @@ def autocast_on(x: Tensor) -> bool:
     return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
 
 
-def autocast_off(x: Tensor) -> AbstractContextManager:
+def autocast_off(x: Tensor) -> AbstractContextManager[None]:
     """Autocast would take the box MLP and the logits to half precision."""
     if autocast_on(x):
         return torch.autocast(x.device.type, enabled=False)

@@ -190,10 +190,12 @@ def initial_queries(
 
 
 def linear(params: Parameters, name: str, x: Tensor) -> Tensor:
+    """The linear layer whose parameters are called `name`."""
     return F.linear(x, params[f"{name}.weight"], params[f"{name}.bias"])
 
 
 def layer_norm(params: Parameters, name: str, x: Tensor) -> Tensor:
+    """The LayerNorm whose parameters are called `name`."""
     weight = params[f"{name}.weight"]
     return F.layer_norm(x, weight.shape, weight, params[f"{name}.bias"])
 

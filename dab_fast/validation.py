@@ -119,6 +119,7 @@ class Errors:
 
     @property
     def fine(self) -> bool:
+        """Whether both errors are allowed and the kernels that were asked for did run."""
         right = self.output <= self.output_allowed and self.gradient <= self.gradient_allowed  # false for NaN
         return right and self.kernels != 0  # 0: the backend that was asked for did not run
 

@@ -41,7 +41,7 @@ def poison_uninitialised_memory():
     """Deterministic mode fills `torch.empty` with NaN, so that an element that nothing wrote shows."""
     was = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     yield
     torch.use_deterministic_algorithms(was)
 

@@ -17,7 +17,7 @@ def exported():
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(
-    ("make", "error", "message"),
+    "make, error, message",
     [
         (lambda: torch.jit.script(nn.Linear(2, 2)), ValueError, "RecursiveScriptModule: .*before torch.jit"),
         (lambda: nn.Sequential(torch.jit.script(nn.Linear(2, 2))), ValueError, "Sequential: .*before torch.jit"),
@@ -95,7 +95,7 @@ def query_masks(keys):
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"),
+    "name, shape",
     [
         *(("memory_key_padding_mask", shape) for shape in key_masks(S)),
         *(("tgt_key_padding_mask", shape) for shape in key_masks(Q)),

@@ -82,7 +82,7 @@ def test_counts_command(capsys, monkeypatch):
 
 
 def row(**more):
-    return {column: "" for column in rows.COLUMNS} | {"provider": "torch", "p50_ms": 2.0, "error": 1e-6} | more
+    return dict.fromkeys(rows.COLUMNS, "") | {"provider": "torch", "p50_ms": 2.0, "error": 1e-6} | more
 
 
 def test_rows_are_never_overwritten_silently(tmp_path):

@@ -26,7 +26,7 @@ PLACES = (
 )
 
 
-@pytest.fixture(params=PASSES.values(), ids=PASSES)
+@pytest.fixture(params=list(PASSES.values()), ids=list(PASSES))
 def passes(request, monkeypatch):
     """Whether bounds pass the gradient, with the kernels told so where it is not for the installed torch to say."""
     if request.param is None:

@@ -109,7 +109,7 @@ def run_idea_research(model, huggingface):
 
 @pytest.mark.parametrize("accelerated", [False, True])
 @pytest.mark.parametrize(
-    ("options", "patterns"),
+    "options, patterns",
     [({}, 0), ({"patterns": 2}, 2), ({"label_classes": 5}, 1), ({"label_classes": 5, "patterns": 2}, 2)],
     ids=["default", "patterns", "dn", "dn_patterns"],
 )
@@ -211,7 +211,7 @@ def without(state, *names):
 
 
 @pytest.mark.parametrize(
-    ("edit", "message"),
+    "edit, message",
     [
         (lambda s: without(s, "layers.1.norm2.bias"), r"does not fit the DabDecoder: missing layers\.1\.norm2\.bias$"),
         (lambda s: s | {"layers.1.gate": torch.ones(1)}, r"unexpected layers\.1\.gate$"),
@@ -374,7 +374,7 @@ INDEX = r"model\.safetensors\.index\.json"
 
 
 @pytest.mark.parametrize(
-    ("write", "error", "message"),
+    "write, error, message",
     [
         (directory(), FileNotFoundError, "got .*, which holds nothing$"),
         (directory(**{"pytorch_model.bin": "x"}), FileNotFoundError, "which holds pytorch_model.bin$"),

@@ -13,7 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import dab_fast
-from dab_fast import DabDecoder, validation
+from dab_fast import DabDecoder, measure, validation
 from dab_fast.cli import demo
 from dab_fast.cli.inputs import InputError
 from dab_fast.cli.main import app
@@ -43,8 +43,8 @@ def small_photos(monkeypatch):
 @pytest.fixture(autouse=True)
 def one_round(monkeypatch):
     """Times are not what these tests are about."""
-    timed = demo.measure.interleaved_times
-    monkeypatch.setattr(demo.measure, "interleaved_times", lambda fns, rounds, **options: timed(fns, 1, **options))
+    timed = measure.interleaved_times
+    monkeypatch.setattr(measure, "interleaved_times", lambda fns, rounds, **options: timed(fns, 1, **options))
 
 
 def invoke(*args):

@@ -97,7 +97,7 @@ def low_rank(decoder):
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    "change, reason",
     [
         (float_mask, "tgt_mask is torch.float32, not bool"),
         (hook, "layers.1.ca_v_proj has a hook or a patched forward"),
@@ -159,7 +159,7 @@ def edited(edit):
 
 
 @pytest.mark.parametrize(
-    ("decoder", "reason"),
+    "decoder, reason",
     [
         (lambda: fork(logit_1e3=other_eps), "reference points are not what the original computes"),
         (lambda: fork(point_features=other_features), "hidden states are not what the original computes"),

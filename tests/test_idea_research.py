@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dab_fast import idea_research, reference
-from dab_fast.adapters import idea_research as adapter
+from dab_fast.adapters.idea_research import models
 from tests.support import idea_second_writing as second
 from tests.support.idea_models import (
     HIDDEN_TOLERANCE,
@@ -38,7 +38,7 @@ from tests.support.models import assert_same_gradients, perturb_
 
 @pytest.mark.parametrize("make", [loaded_drop_in, accelerated])
 @pytest.mark.parametrize(
-    ("variant", "masks"),
+    "variant, masks",
     [(variant, masks) for variant in VARIANTS for masks in ("none", "padded")]
     + [
         (variant, masks) for variant in ("default", "points", "keep_query_pos") for masks in ("denoising", "everything")
@@ -177,7 +177,7 @@ def test_half_and_autocast():
         found = ours(**given)
         assert found[1].dtype == torch.float32
         tensors = (given[name].transpose(0, 1) for name in ("tgt", "memory", "pos", "refpoints_unsigmoid"))
-        specified = reference.decode(*adapter.read(ours), *tensors)
+        specified = reference.decode(*models.read(ours), *tensors)
         for got, theirs, want in zip(found, specified, exact, strict=True):
             assert got.isfinite().all() and got.dtype == theirs.dtype
             assert (got - want).abs().max() <= 2 * (theirs - want).abs().max()
@@ -193,7 +193,7 @@ def layer(**options):
 
 
 @pytest.mark.parametrize(
-    ("build", "message"),
+    "build, message",
     [
         (lambda: layer(rm_self_attn_decoder=True), "rm_self_attn_decoder must be False"),
         (lambda: layer(activation="glu"), "activation must be one of"),
@@ -219,7 +219,7 @@ def test_unsupported_options(build, message):
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "message"),
+    "change, error, message",
     [
         ({"tgt": torch.zeros(Q, B, D + 4)}, ValueError, r"tgt must have shape \[Q, B, 32\], got \[7, 2, 36\]"),
         ({"memory": torch.zeros(S, B + 1, D)}, ValueError, r"memory must have shape \[S, 2, 32\]"),

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from dab_fast import measure
-from dab_fast.bench import host
+from dab_fast.bench import host, rows
 
 
 def test_aten_calls_leave_out_views_and_allocations():
@@ -145,8 +145,8 @@ def test_the_start_is_measured_on_the_device_that_is_given(monkeypatch):
         asked.append(command[3])
         return SimpleNamespace(returncode=0, stdout='{"import": 1.0}')
 
-    monkeypatch.setattr(host.subprocess, "run", run)
-    monkeypatch.setattr(host.rows, "where", lambda device: {})
+    monkeypatch.setattr("subprocess.run", run)
+    monkeypatch.setattr(rows, "where", lambda device: {})
     host.measure_start(torch.device("cuda", 1), repeats=1)
     assert asked == ["cuda:1"]
 

@@ -246,7 +246,7 @@ def test_float16_saturates_what_autocast_casts(triton):
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    "change, reason",
     (
         ({"dtype": torch.float64}, "compute in float32, float16 or bfloat16, got torch.float64"),
         ({"d_v": 65}, "at most 64 wide, got 65"),

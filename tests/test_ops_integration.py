@@ -136,6 +136,7 @@ def test_export_uses_plain_pytorch():
     torch.testing.assert_close(program.module()(hidden, boxes), layer(hidden, boxes))
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # the checks of the arguments are meant to be left out
 def test_jit_trace_uses_plain_pytorch():
     hidden, boxes = refine_inputs()[:2]
     layer = Layer()

@@ -25,7 +25,7 @@ class Elsewhere(Tensor):
     where = torch.device("cpu")
 
     @property
-    def device(self) -> torch.device:  # type: ignore[override]
+    def device(self) -> torch.device:
         return self.where
 
 

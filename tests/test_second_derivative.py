@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from dab_fast import linear, ops
+from dab_fast import ops
+from dab_fast.decoder import dense
 
 D = 8
 
@@ -31,16 +32,16 @@ def embed(x):
 
 
 def projection(x):
-    return linear.self_attention_projection(x, x, [draw(D, D)] * 5, draw(3 * D))
+    return dense.self_attention_projection(x, x, [draw(D, D)] * 5, draw(3 * D))
 
 
 FUNCTIONS = {
     "joint_linear": (
         "torch",
-        lambda x: linear.joint_linear(x, (draw(D, D).requires_grad_(), x[:, :D]), (x[0], x[:3, 0])),
+        lambda x: dense.joint_linear(x, (draw(D, D).requires_grad_(), x[:, :D]), (x[0], x[:3, 0])),
     ),
     "self_attention_projection": ("torch", projection),
-    "ffn": ("torch", lambda x: linear.ffn(x, draw(5, D), draw(5), draw(D, 5), draw(D), F.gelu, None, 0.0)),
+    "ffn": ("torch", lambda x: dense.ffn(x, draw(5, D), draw(5), draw(D, 5), draw(D), F.gelu, None, 0.0)),
     "attention": ("torch", attention),
     "attention_triton": ("triton", attention),
     "box_position_embed": ("triton", embed),

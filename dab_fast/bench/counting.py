@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 from unittest import mock
 
 import torch
@@ -70,9 +71,9 @@ def _zero_cost_cotangents(outputs: tuple[Tensor, ...]) -> list[Tensor]:
     return [torch.empty_like(x) for x in outputs]
 
 
-def decoder_counts(tokens: tuple[int, ...] = tuple(FEATURE_MAPS), size: Size = PAPER) -> dict[str, dict]:
+def decoder_counts(tokens: tuple[int, ...] = tuple(FEATURE_MAPS), size: Size = PAPER) -> dict[str, dict[str, Any]]:
     """{tokens: {provider: {mode: {metric: number}}}} of the decoder at B = 1, fp32; as a GPU would be asked."""
-    counts: dict[str, dict] = {}
+    counts: dict[str, dict[str, Any]] = {}
     for s in tokens:
         height, width = FEATURE_MAPS[s]
         work = Decoder(Shape(height=height, width=width), size=size)

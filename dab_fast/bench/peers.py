@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def _fused_attention(x: Tensor) -> AbstractContextManager:
+def _fused_attention(x: Tensor) -> AbstractContextManager[None]:
     """On a GPU the memory-efficient kernel or plain math: flash attention refuses a v narrower than q and k, and
     cuDNN's has given wrong gradients with a mask and failed under graph capture."""
     if x.device.type == "cpu":

@@ -174,7 +174,7 @@ def busy(row: Row) -> bool:
 
 def table(rows: Iterable[Row]) -> str:
     """The rows as text, one block per case, the baseline first; "~" after a speed-up marks times of a busy machine."""
-    blocks: dict[tuple, list[Row]] = {}
+    blocks: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         blocks.setdefault(tuple(row[c] for c in WHAT if c != "provider"), []).append(row)
     lines = []

@@ -284,7 +284,7 @@ def run(
     pixel_values = to_pixel_values(image).to(device)
     half = dtype != torch.float32
 
-    def precision() -> AbstractContextManager:
+    def precision() -> AbstractContextManager[None]:
         return torch.autocast(device.type, dtype) if half else nullcontext()
 
     say("running both models")

@@ -137,6 +137,7 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(n, k) for n, k in itertools.pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:  # [..., input_dim] -> [..., output_dim]
+        """Linear layers with a relu between each two."""
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
         return self.layers[-1](x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ BOX_TOLERANCE = 5e-6
 
 D, H, L, B, Q, S = 32, 4, 3, 2, 7, 11
 
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "points": {"query_dim": 2, "modulate_hw_attn": False},
     "points_without_box_mlp": {"query_dim": 2, "modulate_hw_attn": False, "bbox_embed": None},

@@ -219,7 +219,7 @@ class DabDetrForObjectDetection(Fast, original.DabDetrForObjectDetection):
         encoder_outputs: Any = None,
         inputs_embeds: Tensor | None = None,
         decoder_inputs_embeds: Tensor | None = None,
-        labels: list[dict] | None = None,
+        labels: list[dict[str, Tensor]] | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,

@@ -75,4 +75,4 @@ def __getattr__(name: str) -> type[Fast]:
     if not colon:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     original = functools.reduce(getattr, path.split("."), importlib.import_module(module))
-    return fast_subclass(original)  # type: ignore[arg-type]
+    return fast_subclass(original)

@@ -213,7 +213,7 @@ def _computes_relu_mlp(module: nn.Module) -> bool:
     twin = copy.copy(module)
     twin.__dict__ = vars(module) | {"_modules": {}}
     with torch.device("meta"):
-        twin.layers = nn.ModuleList(nn.Linear(x.in_features, x.out_features) for x in module.layers)  # type: ignore[union-attr, arg-type]
+        twin.layers = nn.ModuleList(nn.Linear(x.in_features, x.out_features) for x in module.layers)  # type: ignore[union-attr]
     twin.to_empty(device="cpu")
     randn = seeded_randn()
     for parameter in twin.parameters():

@@ -44,7 +44,7 @@ def shared_rows(x: Tensor) -> tuple[int, int, int]:
     leading = x.shape[:-1]
     if len(leading) > 3:
         return (1, 1, math.prod(leading))
-    return (*(1,) * (3 - len(leading)), *leading)  # type: ignore[return-value]
+    return (*(1,) * (3 - len(leading)), *leading)
 
 
 def addressable(x: Tensor | None) -> Tensor | None:  # [..., width]

@@ -24,11 +24,11 @@ class CompileCase:
     default: bool = False  # compiled in `make test`, the others in `make sweep`
     wide_loads: float = 1.0  # at least, of the bytes of its tiles in 16-byte loads
 
-    def signature(self) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], list]]:
+    def signature(self) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], list[Any]]]:
         """Types, constants and alignments as `triton.compiler.ASTSource` takes them."""
         types: dict[str, str] = {}
         constants: dict[tuple[int], Any] = {}
-        alignments: dict[tuple[int], list] = {}
+        alignments: dict[tuple[int], list[Any]] = {}
         for i, parameter in enumerate(self.kernel.params):
             name = parameter.name
             if parameter.is_constexpr or (name in self.pointers and self.pointers[name] is None):

@@ -25,7 +25,7 @@ def rows_of(x: Tensor) -> tuple[Tensor, int]:  # x: [..., width]
     return x, x.stride(0)
 
 
-def on_device_of(x: Tensor) -> AbstractContextManager:
+def on_device_of(x: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device; entering a device guard costs more than asking whether it is needed."""
     if not x.is_cuda or x.device.index == torch.cuda.current_device():
         return _NOTHING

@@ -49,10 +49,10 @@ def kernel_inputs(
     v: Tensor,  # [B, S, H, DV]
     key_padding_mask: Tensor | None,  # [B, S] bool, True = padded
     attn_mask: Tensor | None,  # [Q, S] or [B·H, Q, S] bool, True = hidden
-) -> tuple[list, list[int], list[int]]:
+) -> tuple[list[Any], list[int], list[int]]:
     """The tensors with a dense last dimension, their (batch, row, head) strides, and the strides of the masks."""
     batch = q_content.shape[0]
-    tensors: list = []
+    tensors: list[Any] = []
     strides: list[int] = []
     for x in (q_content, q_pos, k_content, k_pos, v):
         if x is None:
