@@ -1,11 +1,12 @@
-"""Whether an original forward computes what the fast one does: both run on a copy of the decoder."""
+"""Whether an original forward computes what the fast one does, values and gradients: both run on a copy of the decoder."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,66 +14,135 @@ from torch import Tensor, nn
 from dab_fast.config import DecoderConfig
 from dab_fast.parameters import StepAside
 
-Run = Callable[..., list[Tensor]]  # the fast forward of a decoder and its arguments: hidden states, reference points
-Read = Callable[[nn.Module], tuple[dict[str, Tensor], DecoderConfig]]  # the parameters of a decoder, and which it is
-
 # Rounding stays below 1e-4; a temperature, a feature order, an eps or an activation that is not ours exceeds 1e-2.
 _TOLERANCE = 1e-3
+# Of a gradient's norm, or of a thousandth of the largest one's: rounding stays below 1e-4; one lost path exceeds 0.1.
+_GRADIENT_TOLERANCE, _NEGLIGIBLE = 1e-2, 1e-3
+
+
+class Forward(Protocol):
+    """A decoder's forward, batch first: [hidden states [L, B, Q, D], reference points [L or 1, B, Q, query_dim]]."""
+
+    def __call__(
+        self,
+        decoder: nn.Module,
+        content: Tensor,  # [B, Q, D]
+        memory: Tensor,  # [B, S, D]
+        pos: Tensor,  # [B, S, D]
+        anchors_unsigmoid: Tensor,  # [B, Q, query_dim]
+        *,
+        memory_key_padding_mask: Tensor | None,  # bool [B, S], True = padded
+        tgt_mask: Tensor | None,  # bool [Q, Q], True = hidden; None where the codebase has no such mask
+    ) -> list[Tensor]: ...
+
+
+def probe(decoder: nn.Module, config: DecoderConfig, original: Forward, fast: Forward, *, tgt_mask: bool) -> None:
+    """Raise StepAside unless both forwards agree on a copy with random parameters and no dropout.
+
+    In evaluation and in training, with gradients (of inputs and parameters, and with masks) and without, and twice in
+    training: what is random there, or counts its calls, is not the original's.
+    """
+    with _neutral():
+        try:
+            decoder, randn = _randomized_copy(decoder)
+        except Exception as error:
+            raise StepAside(f"it cannot be copied: {error}") from error
+        with torch.random.fork_rng(devices=[]):
+            for training, grad in ((False, False), (False, True), (True, True), (True, False)):
+                decoder.train(training).requires_grad_(grad)
+                given, masks = _random_inputs(config, randn, grad, tgt_mask)
+                _compare(decoder, original, fast, given, masks, " in training" if training else "")
+
+
+@contextlib.contextmanager
+def _neutral() -> Iterator[None]:
+    """Whatever dtype, device, autocast or mode the caller has made the default."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.device("cpu"),
+            torch.autocast("cpu", enabled=False),
+        ):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+def _random_inputs(
+    config: DecoderConfig, randn: Callable[..., Tensor], grad: bool, tgt_mask: bool
+) -> tuple[list[Tensor], dict[str, Tensor | None]]:
+    b, q, s, d = 2, 5, 6, config.d_model
+    anchors = randn(b, q, config.query_dim)
+    anchors[:, 0, :2] = -9.0  # a center of 1e-4 shows the eps of the inverse sigmoid
+    anchors[:, 1, :2] = -13.0
+    groups = torch.arange(q) >= 3
+    masks = {
+        "memory_key_padding_mask": torch.arange(s).expand(b, s) >= torch.tensor([[s], [s - 2]]) if grad else None,
+        "tgt_mask": groups[:, None] ^ groups if tgt_mask and grad else None,
+    }
+    given = [randn(b, q, d), randn(b, s, d), randn(b, s, d), anchors]
+    return [x.requires_grad_(grad) for x in given], masks
+
+
+def _compare(
+    decoder: nn.Module,
+    original: Forward,
+    fast: Forward,
+    given: list[Tensor],
+    masks: dict[str, Any],
+    when: str,
+) -> None:
+    grad = given[0].requires_grad
+    with torch.set_grad_enabled(grad):
+        expected = fast(decoder, *given, **masks)
+        random_state = torch.get_rng_state()
+        try:
+            got = list(original(decoder, *given, **masks))
+        except Exception as error:
+            raise StepAside(f"its forward raises {type(error).__name__} on a copy{when}: {error}") from error
+    if not torch.equal(torch.get_rng_state(), random_state):
+        raise StepAside(f"it draws random numbers{when} with every dropout rate at 0")
+    for name, x, right in zip(("hidden states", "reference points"), got, expected, strict=True):
+        if x.shape != right.shape:
+            raise StepAside(f"its {name} have shape {list(x.shape)}{when}, not {list(right.shape)}")
+        if name == "reference points":
+            x, right = x.logit(1e-7), right.logit(1e-7)
+        difference = (x - right).abs().max().item()
+        if not difference <= _TOLERANCE:
+            raise StepAside(f"its {name} are not what the original computes{when}: they differ by {difference:.1e}")
+    if grad:
+        _compare_gradients(decoder, got, expected, given, when)
+
+
+def _compare_gradients(
+    decoder: nn.Module, got: list[Tensor], expected: list[Tensor], given: list[Tensor], when: str
+) -> None:
+    named = dict(decoder.named_parameters())
+    names = ["content", "memory", "pos", "anchors", *named]
+    leaves = [*given, *named.values()]
+    randn = seeded_randn()
+    cotangents = [randn(x.shape) for x in expected]
+    theirs, ours = (
+        [
+            torch.zeros_like(leaf) if g is None else g
+            for leaf, g in zip(leaves, torch.autograd.grad(outputs, leaves, cotangents, allow_unused=True), strict=True)
+        ]
+        for outputs in (got, expected)
+    )
+    norms = torch.stack([g.norm() for g in theirs])
+    least = torch.maximum(norms, _NEGLIGIBLE * norms.max())
+    errors = torch.stack([(a - b).norm() for a, b in zip(ours, theirs, strict=True)]) / least
+    worst = int(errors.argmax())
+    if not errors[worst] <= _GRADIENT_TOLERANCE:
+        raise StepAside(
+            f"its gradient of {names[worst]} is not what the original computes{when}: they differ by {errors[worst]:.1%}"
+        )
 
 
 @torch.no_grad()
-def probe(decoder: nn.Module, run: Run, read: Read) -> None:
-    """Raise StepAside unless the original forward and the fast one agree on a copy with random parameters.
-
-    In training without dropout too, and twice: what is random there, or counts its calls, is not the original's.
-    """
-    try:
-        decoder, randn = _randomized_copy(decoder)
-    except Exception as error:
-        raise StepAside(f"it cannot be copied: {error}") from error
-    given = _random_queries(read(decoder.eval())[1], randn)
-    with torch.random.fork_rng(devices=[]):
-        for training in (False, True, True):
-            _compare(decoder.train(training), run, given, " in training" if training else "")
-
-
-def _random_queries(config: DecoderConfig, randn: Callable[..., Tensor]) -> dict[str, Any]:
-    b, q, s, d = 2, 5, 6, config.d_model
-    anchors = randn(q, b, config.query_dim)
-    anchors[0, :, :2] = -9.0  # a center of 1e-4 shows the eps of the inverse sigmoid
-    groups = torch.arange(q) >= 3
-    return {
-        "tgt": randn(q, b, d),
-        "memory": randn(s, b, d),
-        "tgt_mask": groups[:, None] ^ groups,
-        "memory_mask": None,
-        "tgt_key_padding_mask": None,
-        "memory_key_padding_mask": torch.arange(s).expand(b, s) >= torch.tensor([[s], [s - 2]]),
-        "pos": randn(s, b, d),
-        "refpoints_unsigmoid": anchors,
-    }
-
-
-def _compare(decoder: nn.Module, run: Run, given: dict[str, Any], when: str) -> None:
-    expected_states, expected_references = run(decoder, **given)
-    random_state = torch.get_rng_state()
-    try:
-        hidden_states, references = type(decoder).forward(decoder, **given)  # hooks are not called
-    except Exception as error:
-        raise StepAside(f"its forward raises {type(error).__name__} on a copy{when}: {error}") from error
-    if not torch.equal(torch.get_rng_state(), random_state):
-        raise StepAside(f"it draws random numbers{when} with every dropout rate at 0")
-    for name, got, expected in (
-        ("hidden states", hidden_states, expected_states),
-        ("reference points", references.logit(1e-7), expected_references.logit(1e-7)),
-    ):
-        if got.shape != expected.shape:
-            raise StepAside(f"its {name} have shape {list(got.shape)}{when}, not {list(expected.shape)}")
-        difference = (got - expected).abs().max().item()
-        if not difference <= _TOLERANCE:
-            raise StepAside(f"its {name} are not what the original computes{when}: they differ by {difference:.1e}")
-
-
 def _randomized_copy(module: nn.Module) -> tuple[nn.Module, Callable[..., Tensor]]:
     """A float32 copy on the CPU without dropout whose parameters hide nothing, and its source of random numbers."""
     randn = seeded_randn()
@@ -80,8 +150,9 @@ def _randomized_copy(module: nn.Module) -> tuple[nn.Module, Callable[..., Tensor
     for part in module.modules():
         if type(part) is nn.Dropout:
             part.p = 0.0
-        elif isinstance(getattr(part, "dropout", None), float):  # an attention's rate
-            part.dropout = 0.0  # type: ignore[assignment]
+        for name in ("dropout", "attention_dropout", "activation_dropout"):  # an attention's rate, a block's
+            if isinstance(getattr(part, name, None), float):
+                setattr(part, name, 0.0)
     for parameter in module.parameters():
         noise = randn(parameter.shape)
         if parameter.dim() > 1:

@@ -60,7 +60,9 @@ def why_not(module: nn.Module) -> str | None:
         return f"{type(module).__qualname__} is a subclass, which may compute something else"
     if "forward" in vars(module):
         return "its forward is patched"
-    return None
+    from dab_fast.adapters.huggingface import models
+
+    return models.why_not(module)
 
 
 def is_theirs(module: nn.Module) -> bool:

@@ -15,7 +15,9 @@ from transformers.models.dab_detr import modeling_dab_detr as original
 
 from dab_fast import reference
 from dab_fast._tracing import compiling
-from dab_fast.adapters._fast import DropoutRates, Fast
+from dab_fast.adapters._description import Code
+from dab_fast.adapters._fast import DropoutRates, Fast, FastDecoder
+from dab_fast.adapters._probe import Forward, probe
 from dab_fast.adapters.huggingface import INVERSE_SIGMOID_EPS, canonical_name
 from dab_fast.config import Activation, DecoderConfig
 from dab_fast.decoder import decode, predict_boxes
@@ -36,8 +38,18 @@ def _is_container(module: nn.Module) -> bool:
     )
 
 
-class DabDetrDecoder(Fast, original.DabDetrDecoder):
+class DabDetrDecoder(FastDecoder, original.DabDetrDecoder):
     dab_fast_original = original.DabDetrDecoder
+    dab_fast_reads = frozenset(("dropout", "attention_dropout", "activation_dropout", "gradient_checkpointing"))
+
+    def dab_fast_read(self) -> tuple[dict[str, Tensor], DecoderConfig]:
+        return read(self)
+
+    def dab_fast_settings(self) -> dict[str, Any]:
+        return settings(self)
+
+    def dab_fast_forwards(self) -> tuple[Forward, Forward, bool]:
+        return original_forward, fast_forward, False
 
     def forward(
         self,
@@ -60,7 +72,7 @@ class DabDetrDecoder(Fast, original.DabDetrDecoder):
         try:
             if output_attentions:
                 raise StepAside("output_attentions: the fast attention has no score matrix")
-            params, config = self._read()
+            params, config = self.dab_fast_served()
             mask = memory_key_padding_mask
             if mask is not None and mask.shape != encoder_hidden_states.shape[:2]:
                 raise StepAside(f"memory_key_padding_mask has shape {list(mask.shape)}, not that of the memory")
@@ -79,9 +91,9 @@ class DabDetrDecoder(Fast, original.DabDetrDecoder):
                 query_position_embeddings,
                 memory_key_padding_mask=None if mask is None else mask == 0,
                 spatial_shape=spatial_shape,
-                training=self.training,
+                training=config.has_dropout,
                 recompute=self.dab_fast_recompute
-                or (self.training and any(layer.gradient_checkpointing for layer in self.layers)),
+                or any(layer.gradient_checkpointing and layer.training for layer in self.layers),
             )
         except StepAside as reason:
             self.dab_fast_step_aside(reason)
@@ -109,28 +121,74 @@ class DabDetrDecoder(Fast, original.DabDetrDecoder):
     def _as_parameters(self, x: Tensor) -> Tensor:
         return x if autocast_on(x) else x.to(self.layernorm.weight.dtype)
 
-    def _read(self) -> tuple[dict[str, Tensor], DecoderConfig]:
-        params = gather(self, _is_container, canonical_name)
-        first: Any = self.layers[0]
-        rates = DropoutRates()
-        if self.training:
-            every = {_dropout_rates(layer) for layer in self.layers}
-            if len(every) > 1:
-                raise StepAside(f"the layers' dropout rates differ: {sorted(every)}")
-            rates = every.pop()
+
+def why_not(module: nn.Module) -> str | None:
+    """Why a module of one of their exact classes is left as it is, or None."""
+    if (name := Code(module, type(module)).foreign(module, type(module))) is not None:
+        return f"{name} is patched"
+    if isinstance(module, original.DabDetrDecoder):
+        try:
+            _, config = read(module)
+        except StepAside:
+            return None  # a call steps aside until what keeps it away has gone
+        try:
+            probe(module, config, original_forward, fast_forward, tgt_mask=False)
+        except StepAside as reason:
+            return str(reason)
+    return None
+
+
+def read(decoder: Any) -> tuple[dict[str, Tensor], DecoderConfig]:
+    """The parameters of a decoder of theirs, and which decoder it is. Raises StepAside where it cannot be read."""
+    params = gather(decoder, _is_container, canonical_name)
+    if not len(decoder.layers):
+        raise StepAside("layers is empty")
+    first: Any = decoder.layers[0]
+    try:
         config = DecoderConfig(
-            d_model=self.hidden_size,
+            d_model=decoder.hidden_size,
             nhead=first.cross_attn.decoder_attention_heads,
-            num_layers=len(self.layers),
+            num_layers=len(decoder.layers),
             dim_feedforward=first.mlp.fc1.out_features,
-            query_dim=self.config.query_dim,
-            keep_query_pos=first.cross_attn.keep_query_pos,
-            bbox_embed=None if self.bbox_embed is None else "shared",
+            query_dim=decoder.config.query_dim,
+            keep_query_pos=bool(first.cross_attn.keep_query_pos),
+            bbox_embed=None if decoder.bbox_embed is None else "shared",
             activation=_activation(first.mlp.activation_fn),
             inverse_sigmoid_eps=INVERSE_SIGMOID_EPS,
-            **rates._asdict(),
+            **_dropout_rates(decoder.layers)._asdict(),
         )
-        return params, config
+    except (AttributeError, ValueError) as error:
+        raise StepAside(str(error)) from None
+    return params, config
+
+
+def settings(decoder: Any) -> dict[str, Any]:
+    """What their decoder reads from its config."""
+    config = decoder.config
+    return {f"config.{name}": getattr(config, name, None) for name in ("query_dim", "_attn_implementation")}
+
+
+def fast_forward(decoder: nn.Module, *tensors: Tensor, **masks: Tensor | None) -> list[Tensor]:
+    """As `_probe.Forward`."""
+    params, config = read(decoder)
+    output, _ = decode(params, config, *tensors, **masks, training=config.has_dropout)  # type: ignore[arg-type]
+    return list(output)
+
+
+def original_forward(
+    decoder: Any,
+    content: Tensor,
+    memory: Tensor,
+    pos: Tensor,
+    anchors: Tensor,
+    *,
+    memory_key_padding_mask: Tensor | None,
+    tgt_mask: None,
+) -> list[Tensor]:
+    """As `_probe.Forward`; hooks are not called."""
+    mask = None if memory_key_padding_mask is None else ~memory_key_padding_mask
+    out = original.DabDetrDecoder.forward(decoder, content, memory, mask, pos, anchors, False, False, True)
+    return [out.intermediate_hidden_states, out.reference_points]
 
 
 class DabDetrModel(Fast, original.DabDetrModel):
@@ -279,13 +337,21 @@ for _class in (DabDetrDecoder, DabDetrModel, DabDetrForObjectDetection):
     _class.__doc__ = f"Hugging Face's {_class.__name__} with the forward of dab_fast."
 
 
-def _dropout_rates(layer: Any) -> DropoutRates:
-    attentions, ffn = (layer.self_attn, layer.cross_attn), layer.mlp
-    rates = {block.dropout for block in (*attentions, ffn)}
-    attention_rates = {layer.self_attn.self_attn.attention_dropout, layer.cross_attn.cross_attn.attention_dropout}
-    if len(rates) > 1 or len(attention_rates) > 1:
-        raise StepAside(f"dropout rates inside a layer differ: {sorted(rates)}, attention {sorted(attention_rates)}")
-    return DropoutRates(rates.pop(), attention_rates.pop(), ffn.activation_dropout)
+def _dropout_rates(layers: Any) -> DropoutRates:
+    """The rates in force: none where a module that drops is not in training."""
+    blocks = [block for layer in layers for block in (layer.self_attn, layer.cross_attn, layer.mlp)]
+    attentions = [x for layer in layers for x in (layer.self_attn.self_attn, layer.cross_attn.cross_attn)]
+    found = []
+    for name, modules in (
+        ("dropout", blocks),
+        ("attention_dropout", attentions),
+        ("activation_dropout", [layer.mlp for layer in layers]),
+    ):
+        rates = {getattr(module, name) if module.training else 0.0 for module in modules}
+        if len(rates) > 1:
+            raise StepAside(f"the layers' {name} rates in force differ: {sorted(rates)}")
+        found.append(rates.pop())
+    return DropoutRates(*found)
 
 
 def _activation(module: nn.Module) -> Activation:

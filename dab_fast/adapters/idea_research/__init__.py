@@ -16,10 +16,11 @@ from dab_fast.adapters._probe import probe
 from dab_fast.adapters.idea_research.dropin import TransformerDecoder
 from dab_fast.adapters.idea_research.models import (
     INVERSE_SIGMOID_EPS,
+    fast_forward,
     fast_subclass,
+    original_forward,
     parameter_shapes,
     read,
-    run,
     unused,
 )
 from dab_fast.decoder import DabDecoder
@@ -53,7 +54,7 @@ def why_not(module: nn.Module) -> str | None:
             if name not in params or tuple(params[name].shape) != shape:
                 got = list(params[name].shape) if name in params else "nothing"
                 raise StepAside(f"{name} must have shape {list(shape)}, got {got}")
-        probe(module, run, read)
+        probe(module, config, original_forward, fast_forward, tgt_mask=True)
     except StepAside as reason:
         return f"{type(module).__module__}.{type(module).__qualname__}: {reason}"
     return None

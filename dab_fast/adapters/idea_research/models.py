@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dis
 import functools
 from collections.abc import Hashable
 from typing import Any
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 
 from dab_fast import reference
 from dab_fast._tracing import compiling
-from dab_fast.adapters._fast import DropoutRates, Fast
-from dab_fast.adapters._probe import seeded_randn
+from dab_fast.adapters._fast import DropoutRates, FastDecoder
+from dab_fast.adapters._probe import Forward, seeded_randn
 from dab_fast.config import Activation, DecoderConfig
 from dab_fast.decoder import DabDecoder, decode
 from dab_fast.parameters import StepAside, gather
@@ -39,7 +40,7 @@ def read(decoder: nn.Module) -> tuple[dict[str, Tensor], DecoderConfig]:
 
     params = gather(decoder, is_container, lambda name: name)
     try:
-        rates = _dropout_rates(layers) if decoder.training else DropoutRates()
+        rates = _dropout_rates(layers)
         config = DecoderConfig(
             d_model=theirs.norm.normalized_shape[0],
             nhead=_same("numbers of heads", {n for layer in layers for n in _numbers_of_heads(layer)}),
@@ -71,7 +72,7 @@ def run(
     refpoints_unsigmoid: Tensor,  # [Q, B, query_dim]
 ) -> list[Tensor]:  # [L, B, Q, D], [L or 1, B, Q, query_dim]
     """The fast forward of a decoder of this codebase."""
-    params, config = read(decoder)
+    params, config = decoder.dab_fast_served() if isinstance(decoder, FastDecoder) else read(decoder)
     output, _ = decode(
         params,
         config,
@@ -80,47 +81,82 @@ def run(
         memory_mask=memory_mask,
         tgt_key_padding_mask=tgt_key_padding_mask,
         memory_key_padding_mask=memory_key_padding_mask,
-        training=decoder.training,
+        training=config.has_dropout,
         recompute=getattr(decoder, "dab_fast_recompute", False),
     )
     return list(output)
 
 
-class FastTransformerDecoder(Fast):
+def fast_forward(decoder: nn.Module, *tensors: Tensor, **masks: Tensor | None) -> list[Tensor]:
+    """As `_probe.Forward`."""
+    params, config = read(decoder)
+    output, _ = decode(params, config, *tensors, **masks, training=config.has_dropout)  # type: ignore[arg-type]
+    return list(output)
+
+
+def original_forward(
+    decoder: nn.Module, content: Tensor, memory: Tensor, pos: Tensor, anchors: Tensor, **masks: Tensor | None
+) -> list[Tensor]:
+    """As `_probe.Forward`; hooks are not called."""
+    kind = decoder.dab_fast_original if isinstance(decoder, FastDecoder) else type(decoder)
+    tgt, memory, pos, anchors = (x.transpose(0, 1) for x in (content, memory, pos, anchors))
+    output = kind.forward(decoder, tgt, memory, pos=pos, refpoints_unsigmoid=anchors, **masks)
+    return list(output)
+
+
+class FastTransformerDecoder(FastDecoder):
     """Mixed into a subclass of the user's own `TransformerDecoder`."""
 
-    dab_fast_settings: dict[str, Any]  # under which the two forwards were compared
+    dab_fast_reads = frozenset(("dropout", "p"))
 
-    def dab_fast_begin(self) -> None:
-        super().dab_fast_begin()
-        self.dab_fast_settings = _settings(self)
+    def dab_fast_read(self) -> tuple[dict[str, Tensor], DecoderConfig]:
+        return read(self)
 
-    def forward(
-        self,
-        tgt: Tensor,  # [Q, B, D]
-        memory: Tensor,  # [S, B, D]
-        tgt_mask: Tensor | None = None,  # [Q, Q] or [B * H, Q, Q]
-        memory_mask: Tensor | None = None,  # [Q, S] or [B * H, Q, S]
-        tgt_key_padding_mask: Tensor | None = None,  # [B, Q]
-        memory_key_padding_mask: Tensor | None = None,  # [B, S]
-        pos: Tensor | None = None,  # [S, B, D]
-        refpoints_unsigmoid: Tensor | None = None,  # [Q, B, query_dim]
-        **more: Any,
-    ) -> Any:
+    def dab_fast_forwards(self) -> tuple[Forward, Forward, bool]:
+        return original_forward, fast_forward, True
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original's arguments and results."""
-        masks = (tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
         try:
-            if more:
-                raise StepAside(f"the original takes no {', '.join(more)}")
-            if changed := self.dab_fast_settings.items() ^ _settings(self).items():
-                raise StepAside(f"{', '.join(sorted({name for name, _ in changed}))} was changed after accelerate")
-            if pos is None or refpoints_unsigmoid is None:
-                raise StepAside("pos or refpoints_unsigmoid is None")
-            _check_masks(self, tgt, memory, *masks)
-            return run(self, tgt, memory, *masks, pos, refpoints_unsigmoid)
+            given = self._arguments(args, kwargs)
+            _check_masks(self, *given[:6])
+            return run(self, *given)
         except StepAside as reason:
             self.dab_fast_step_aside(reason)
-            return super().forward(tgt, memory, *masks, pos, refpoints_unsigmoid, **more)
+            return super().forward(*args, **kwargs)
+
+    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """Those of `run`, in its order, by the names that the user's own forward has for them."""
+        names, unread = _signature(self.dab_fast_original.forward)
+        given = dict(zip(names, args, strict=False)) | kwargs
+        if unknown := [name for name in given if name not in _ARGUMENTS and name not in unread]:
+            raise StepAside(f"its forward reads {', '.join(unknown)}, which the original does not know")
+        found = [given.get(name) for name in _ARGUMENTS]
+        for name in ("tgt", "memory", "pos", "refpoints_unsigmoid"):
+            if given.get(name) is None:
+                raise StepAside(f"{name} is None")
+        return found
+
+
+_ARGUMENTS = (
+    "tgt",
+    "memory",
+    "tgt_mask",
+    "memory_mask",
+    "tgt_key_padding_mask",
+    "memory_key_padding_mask",
+    "pos",
+    "refpoints_unsigmoid",
+)
+
+
+@functools.cache
+def _signature(forward: Any) -> tuple[tuple[str, ...], frozenset[str]]:
+    """The names of the arguments of a forward, and those that it takes and never reads."""
+    code = forward.__code__
+    names = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
+    read = {instruction.argval for instruction in dis.get_instructions(code) if "LOAD" in instruction.opname}
+    return names[: code.co_argcount - 1], frozenset(names) - read
 
 
 def _check_masks(
@@ -151,20 +187,8 @@ def _check_masks(
             raise StepAside(f"{name} has shape {list(mask.shape)}, not {list(shape)}")
 
 
-def _settings(decoder: nn.Module) -> dict[str, Any]:
-    """The numbers, strings and flags that a decoder's forward may depend on."""
-    return {
-        name: x
-        for name, x in vars(decoder).items()
-        if type(x) in _SCALARS and name != "training" and not name.startswith(("_", "dab_fast"))
-    }
-
-
-_SCALARS = (bool, int, float, str)
-
-
 @functools.cache
-def fast_subclass(original: type[nn.Module]) -> type[Fast]:
+def fast_subclass(original: type[nn.Module]) -> type[FastDecoder]:
     # `__qualname__` is what pickle looks up in this package, undotted since pickle walks dots; see `__getattr__`.
     path = f"{original.__module__}:{original.__qualname__}".replace(".", "/")
     body = {
@@ -240,11 +264,16 @@ def _numbers_of_heads(layer: Any) -> set[int]:
 
 
 def _dropout_rates(layers: Any) -> DropoutRates:
+    """The rates in force: none where a module that drops is not in training."""
     return DropoutRates(
-        _same("dropout rates", {d.p for layer in layers for d in (layer.dropout1, layer.dropout2, layer.dropout3)}),
-        _same("attention dropout rates", {a.dropout for x in layers for a in (x.self_attn, x.cross_attn)}),
-        _same("FFN dropout rates", {layer.dropout.p for layer in layers}),
+        _same("dropout rates", {_rate(d, d.p) for x in layers for d in (x.dropout1, x.dropout2, x.dropout3)}),
+        _same("attention dropout rates", {_rate(a, a.dropout) for x in layers for a in (x.self_attn, x.cross_attn)}),
+        _same("FFN dropout rates", {_rate(x.dropout, x.dropout.p) for x in layers}),
     )
+
+
+def _rate(module: Any, rate: float) -> float:
+    return rate if module.training else 0.0
 
 
 def _activation(activation: Any) -> Activation:
@@ -262,7 +291,7 @@ def _bbox_embed(decoder: Any) -> Any:
     if decoder.bbox_embed is None:
         return None
     is_list = type(decoder.bbox_embed) is nn.ModuleList
-    if is_list != bool(decoder.bbox_embed_diff_each_layer):
+    if is_list != bool(getattr(decoder, "bbox_embed_diff_each_layer", is_list)):
         raise StepAside(
             f"bbox_embed is a {type(decoder.bbox_embed).__name__} while bbox_embed_diff_each_layer is "
             f"{decoder.bbox_embed_diff_each_layer}"
