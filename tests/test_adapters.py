@@ -1,4 +1,4 @@
-"""A codebase touches one folder and one name: no other file of the package names one in its code."""
+"""A codebase touches one folder and one name, and its names of tensors lead to every other's."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import dab_fast
 from dab_fast.adapters import ADAPTERS
+from tests.support.idea_second_model import Model
+from tests.support.models import huggingface_model
 
 PACKAGE = Path(dab_fast.__file__).parent
 CODEBASES = {name: importlib.import_module(f"dab_fast.adapters.{name}.checkpoint") for name in ADAPTERS}
@@ -95,3 +98,18 @@ def test_an_adapter_has_what_its_description_lists(name):
     for module, names in zip((adapter, codebase), described, strict=True):
         assert [x for x in names if not hasattr(module, x)] == []
     assert codebase.INVERSE_SIGMOID_EPS == adapter.INVERSE_SIGMOID_EPS
+
+
+def test_huggingfaces_names_there_and_back():
+    """Through the names of IDEA-Research's model, to either kind of backbone; timm is no dependency, so a stand-in."""
+    huggingface, idea_research = CODEBASES["huggingface"], CODEBASES["idea_research"]
+    plain, timm = huggingface_model(), huggingface_model()
+    timm.model.backbone.conv_encoder.model._backbone = None
+    state = plain.state_dict()
+    canonical = huggingface.to_canonical(state, "model.decoder.")
+    assert canonical.keys() == idea_research.to_canonical(Model().state_dict(), "transformer.decoder.").keys()
+    timms = huggingface.from_canonical(canonical, timm)
+    assert "model.backbone.conv_encoder.model._backbone.layer2.0.downsample.1.running_var" in timms
+    for saved in (state, timms):
+        again = huggingface.from_canonical(huggingface.to_canonical(saved, "model.decoder."), plain)
+        torch.testing.assert_close(again, dict(state), rtol=0, atol=0)

@@ -19,8 +19,6 @@ from torch import Tensor, nn
 
 import dab_fast
 from dab_fast import DabDecoder, load_checkpoint
-from dab_fast.adapters.huggingface import checkpoint
-from dab_fast.adapters.idea_research import checkpoint as idea_research_checkpoint
 from tests.support.idea_models import BOX_TOLERANCE, HIDDEN_TOLERANCE, VARIANTS, D, H, L, drop_in, inputs, oracle
 from tests.support.idea_second_model import Model
 from tests.support.models import accelerated_copy, huggingface_model, images, perturb_
@@ -127,30 +125,6 @@ def test_idea_research_file_into_a_whole_huggingface_model(options, patterns, ac
     torch.testing.assert_close(got.logits, logits, rtol=0, atol=HIDDEN_TOLERANCE)
     torch.testing.assert_close(got.pred_boxes, boxes, rtol=0, atol=BOX_TOLERANCE)
     assert ours.bbox_predictor.layers[2].weight is ours.model.decoder.bbox_embed.layers[2].weight
-
-
-def test_timm_backbone_keeps_torchvisions_names():
-    """timm is no dependency, so a stand-in says that the model's backbone is timm's."""
-    ours = huggingface_model()
-    ours.model.backbone.conv_encoder.model._backbone = None
-    names = checkpoint.from_canonical(whole_model().state_dict(), ours)
-    assert "model.backbone.conv_encoder.model._backbone.layer2.0.downsample.1.running_var" in names
-
-
-@pytest.mark.parametrize("timm", [False, True])
-def test_huggingfaces_names_there_and_back(timm):
-    ours = huggingface_model()
-    state = ours.state_dict()
-    if timm:
-        backbone = "model.backbone.conv_encoder.model."
-        ours.model.backbone.conv_encoder.model._backbone = None
-        state = checkpoint.from_canonical(checkpoint.to_canonical(state, "model.decoder."), ours)
-        assert {f"{backbone}_backbone.conv1.weight", f"{backbone}_backbone.layer4.0.bn3.bias"} <= state.keys()
-    canonical = checkpoint.to_canonical(state, "model.decoder.")
-    # The names of the other codebase's model, but for packed attention weights.
-    others = idea_research_checkpoint.to_canonical(whole_model().state_dict(), "transformer.decoder.")
-    assert canonical.keys() == others.keys()
-    assert checkpoint.from_canonical(canonical, ours).keys() == state.keys()
 
 
 @pytest.mark.parametrize("sharded", [False, True])
