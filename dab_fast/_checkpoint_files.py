@@ -49,7 +49,17 @@ def unpickle(path: Path) -> Any:
         raise ValueError(f"{path} {why}") from None
 
 
-def read_safetensors(file: Path) -> dict[str, Tensor]:
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """The tensors of a file, or of a directory of them, and the config.json beside them if there is one."""
+    directory, files = (path, _shards(path)) if path.is_dir() else (path.parent, [path])
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors |= _read_safetensors_file(file)
+    config = directory / "config.json"
+    return tensors, _read_json(config) if config.exists() else None
+
+
+def _read_safetensors_file(file: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -60,7 +70,7 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file} must be a readable safetensors file: {_first_line(error)}") from error
 
 
-def shards(directory: Path) -> list[Path]:
+def _shards(directory: Path) -> list[Path]:
     index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
     if not index.exists():
         if not single.exists():
@@ -69,12 +79,12 @@ def shards(directory: Path) -> list[Path]:
                 f"path must be a directory with {single.name} or {index.name}, got {directory}, which holds {holds}"
             )
         return [single]
-    weight_map = read_json(index).get("weight_map")
+    weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(x, str) for x in weight_map.values()):
         raise ValueError(f"{index} must have a weight_map from names of tensors to names of files")
     found = []
     for name in sorted(set(weight_map.values())):
-        # By name, since links lead out of the directory wherever Hugging Face's cache keeps it.
+        # By name, since links lead out of the directory wherever a hub's cache keeps it.
         if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
             raise ValueError(f"{index} must name files in its own directory, got {name}")
         if not (directory / name).exists():
@@ -83,7 +93,7 @@ def shards(directory: Path) -> list[Path]:
     return found
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def _read_json(file: Path) -> dict[str, Any]:
     _head(file)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))

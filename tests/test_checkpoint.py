@@ -127,13 +127,6 @@ def test_idea_research_file_into_a_whole_huggingface_model(options, patterns, ac
     assert ours.bbox_predictor.layers[2].weight is ours.model.decoder.bbox_embed.layers[2].weight
 
 
-def test_timm_backbone_keeps_torchvisions_names():
-    from dab_fast.checkpoint import _to_huggingface
-
-    names = _to_huggingface(whole_model().state_dict(), torchvision_names=True)
-    assert "model.backbone.conv_encoder.model._backbone.layer2.0.downsample.1.running_var" in names
-
-
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("what", ["directory", "file"])
 def test_huggingface_directory_into_every_kind_of_model(what, sharded, tmp_path, no_warning):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import subprocess
@@ -10,14 +11,16 @@ import sys
 import pytest
 import torch
 from PIL import Image
+from transformers import ResNetConfig
 from typer.testing import CliRunner
 
 import dab_fast
-from dab_fast import DabDecoder, measure, validation
+from dab_fast import DabDecoder, load_checkpoint, measure, validation
 from dab_fast.cli import demo
 from dab_fast.cli.inputs import InputError
 from dab_fast.cli.main import app
-from tests.support.models import huggingface_model
+from tests.support.idea_second_model import Model
+from tests.support.models import huggingface_model, perturb_
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +137,95 @@ def test_a_checkpoint_that_lacks_parameters(checkpoint, tmp_path):
     (tmp_path / "config.json").write_text((checkpoint / "config.json").read_text())
     with pytest.raises(InputError, match=f"lacks 1 parameters, the first is {dropped}"):
         demo.load_checkpoint(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def idea_research_file(tmp_path_factory):
+    """A whole IDEA-Research model as its training script saves one, with what a file says of itself by `edit`."""
+    torch.manual_seed(0)
+    model = Model(patterns=2).eval()
+    perturb_(model)
+    folder = tmp_path_factory.mktemp("idea_research")
+
+    def save(edit=lambda state: state, **args):
+        path = folder / "checkpoint.pth"
+        given = {"nheads": 4, "transformer_activation": "prelu", "dropout": 0.1} | args
+        torch.save({"model": edit(model.state_dict()), "args": argparse.Namespace(**given)}, path)
+        return path
+
+    return save
+
+
+EPS_WARNING = "ignore:.*was trained with an inverse-sigmoid eps of 0.001"
+
+
+@pytest.mark.filterwarnings(EPS_WARNING)
+def test_demo_of_an_idea_research_file(idea_research_file, photo, tmp_path):
+    path = idea_research_file()
+    result = invoke("demo", photo, "--checkpoint", path, "--json", "--output", tmp_path / "out.png")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["passed"] and found["weights"] == "checkpoint checkpoint.pth"
+
+
+@pytest.mark.filterwarnings(EPS_WARNING)
+def test_the_model_of_an_idea_research_file(idea_research_file):
+    """What the file states is taken, and what it does not state is what was published."""
+    model = demo.load_checkpoint(idea_research_file(pe_temperatureH=7, pe_temperatureW=9))
+    expected = huggingface_model(num_patterns=2)
+    load_checkpoint(idea_research_file(), expected)
+    torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=0, atol=0)
+    config = model.config
+    assert not model.training and (config.encoder_attention_heads, config.decoder_attention_heads) == (4, 4)
+    assert (config.temperature_height, config.temperature_width, config.dropout) == (7, 9, 0.1)
+    config = demo.load_checkpoint(idea_research_file()).config
+    assert (config.temperature_height, config.temperature_width, config.activation_function) == (20, 20, "prelu")
+
+
+@pytest.mark.filterwarnings(EPS_WARNING)
+@pytest.mark.parametrize("block", ["basic", "bottleneck"])
+def test_the_backbone_of_a_file(block, tmp_path):
+    backbone = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 2, 1, 1], layer_type=block, out_features=["stage4"]
+    )
+    theirs = huggingface_model(backbone_config=backbone)
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.warns(UserWarning, match="does not state nhead"):
+        model = demo.load_checkpoint(tmp_path / "model.safetensors")
+    torch.testing.assert_close(model.state_dict(), theirs.state_dict(), rtol=0, atol=0)
+    assert model.config.backbone_config.layer_type == block
+
+
+def dropped(*names):
+    return lambda state: {name: x for name, x in state.items() if not name.startswith(names)}
+
+
+def only(beginning):
+    return lambda state: {name: x for name, x in state.items() if name.startswith(beginning)}
+
+
+@pytest.mark.parametrize(
+    "edit, args, says",
+    [
+        (only("transformer.decoder."), {}, "must hold a whole model, but refpoint_embed.weight is missing"),
+        (
+            dropped("backbone."),
+            {},
+            "must hold a whole model with a ResNet, but backbone.0.body.conv1.weight is missing",
+        ),
+        (dropped("class_embed.bias"), {}, "does not fit the DabDetrForObjectDetection: missing class_embed.bias"),
+        (lambda state: state, {"dilation": True}, "must have a backbone without dilation"),
+        (lambda state: state, {"nheads": 5}, "must describe a decoder that there is: d_model must be a multiple"),
+        (lambda state: {"weight": torch.ones(2)}, {}, "must hold a DAB-DETR state_dict of"),
+    ],
+)
+def test_a_file_that_is_no_whole_model_is_one_line(edit, args, says, idea_research_file, photo, tmp_path):
+    path = idea_research_file(edit, **args)
+    result = invoke("demo", photo, "--checkpoint", path, "--output", tmp_path / "out.png")
+    assert result.exit_code == 2 and result.stdout == ""
+    errors = [line for line in result.stderr.splitlines() if "…" not in line]
+    assert len(errors) == 1 and errors[0].startswith("dab-fast demo: --checkpoint ") and says in errors[0]
 
 
 def test_default_photo_needs_no_download():

@@ -26,6 +26,9 @@ Tensors = tuple[Tensor, ...]
 Axes = Sequence[Sequence[int]]  # of every input, those that change
 Exported = Callable[..., Sequence[Any]]
 
+# A shape check reads sizes, which a trace then takes for constants of the check, not of the graph.
+pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+
 
 def torch_export(model: nn.Module, example: Tensors, axes: Axes, folder: Path) -> Exported:
     torch.export.save(_program(model, example, axes), folder / "model.pt2")

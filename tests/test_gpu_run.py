@@ -73,8 +73,9 @@ def checkout(tmp_path_factory):
     """TESTS, with this folder's settings, on a machine that says by the variable GPU whether it has one."""
     root = tmp_path_factory.mktemp("checkout")
     (root / "tests").mkdir()
-    for name in ("__init__.py", "conftest.py", "gpu_run.py"):
-        shutil.copy(HERE / name, root / "tests")
+    (root / "tests" / "support").mkdir()
+    for name in ("__init__.py", "conftest.py", "support/__init__.py", "support/gpu_run.py"):
+        shutil.copy(HERE / name, root / "tests" / name)
     (root / "tests" / "test_a.py").write_text(TESTS)
     (root / "conftest.py").write_text(GPU)
     (root / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: x\n    sweep: x\n")

@@ -99,8 +99,9 @@ class Problem:
         arguments = (*self.inputs.values(), self.key_padding_mask, self.attn_mask, rng)
         out, stats, *wide = forward(*arguments, case.scale, dropout_p, True, case.config)
         needs = [x is not None for x in self.inputs.values()]
-        configs = (case.config, case.config)
-        gradients = backward(self.d_out, *arguments, *wide or [out], stats, case.scale, dropout_p, *needs, *configs)
+        kept = *(wide or [out]), stats
+        configs = {"query_config": case.config, "key_config": case.config}
+        gradients = backward(self.d_out, *arguments, *kept, case.scale, dropout_p, needs, **configs)
         results = {"out": out, "lse": log_sum_exp(stats, case.scale)}
         names = [name for name, need in zip(NAMES, needs, strict=True) if need]
         return results | {f"d_{name}": g for name, g in zip(names, gradients, strict=True)}
@@ -268,7 +269,7 @@ def test_one_gradient_alone_is_the_same(wanted):
     arguments = (*problem.inputs.values(), problem.key_padding_mask, None, None)
     needs = [name == wanted for name in NAMES]
     kept = forward(*arguments, case.scale, 0.0, True)
-    (gradient,) = backward(problem.d_out, *arguments, *kept, case.scale, 0.0, *needs)
+    (gradient,) = backward(problem.d_out, *arguments, *kept, case.scale, 0.0, list(needs))
     assert torch.equal(gradient, every[f"d_{wanted}"])
 
 

@@ -207,7 +207,7 @@ def test_a_size_of_zero_spoils_no_gradient_where_the_modulation_is_not_used(devi
     boxes[..., 2] = 0
     scale, logits = torch.randn(2, 3, 16, device=device), torch.randn(2, 3, 2, device=device)
     found = native_embed.backward(
-        torch.randn(2, 3, 32, device=device), None, boxes, scale, logits, 8, 1e4, "yxwh", True, True, True
+        torch.randn(2, 3, 32, device=device), None, boxes, scale, logits, 8, 1e4, "yxwh", [True] * 3
     )
     assert torch.isfinite(found[0]).all() and not found[1].any() and not found[2].any()
 
@@ -221,9 +221,9 @@ def test_any_choice_of_gradients_of_the_embedding(kind, device):
     shape = {"full": (2, 3, 24), "one": (2, 3, 1), "row": (24,)}[kind]
     boxes, scale, logits = some_boxes(2, 3, 4, device=device), torch.randn(shape, device=device), torch.randn(2, 3, 2)
     inputs = (torch.randn(2, 3, 48).to(device), torch.randn(2, 3, 24).to(device), boxes, scale, logits.to(device))
-    every = native_embed.backward(*inputs, 12, 1e4, "yxwh", True, True, True)
+    every = native_embed.backward(*inputs, 12, 1e4, "yxwh", [True] * 3)
     for needs in subsets(3):
-        some = native_embed.backward(*inputs, 12, 1e4, "yxwh", *needs)
+        some = native_embed.backward(*inputs, 12, 1e4, "yxwh", list(needs))
         assert all(map(torch.equal, some, itertools.compress(every, needs))) and len(some) == sum(needs)
 
 
@@ -331,7 +331,7 @@ def test_refine_boxes_kernels(dtypes, d, n, layers, device):
     refined, h1, h2 = native_refine.forward(*inputs, eps, True)
     assert torch.equal(native_refine.forward(*inputs, eps, False)[0], refined)
     d_hidden, d_boxes, d_w1, d_w2, sums = native_refine.backward(
-        d_refined.float(), refined, h1, h2, hidden, boxes, *weights[::2], eps, True, True, True
+        d_refined.float(), refined, h1, h2, hidden, boxes, *weights[::2], eps, [True] * 3
     )
     d_w3, d_b1, d_b2, d_b3 = (
         x.reshape(w.shape).to(w.dtype)
@@ -347,9 +347,9 @@ def test_any_choice_of_gradients_of_refine_boxes(layers, device):
     weights = mlp(torch.float32, 12, *lead, device=device)
     kept = native_refine.forward(hidden, boxes, *weights, 1e-3, True)
     inputs = (torch.randn(*lead, 5, 4, device=device), *kept, hidden, boxes, *weights[::2], 1e-3)
-    every = native_refine.backward(*inputs, True, True, True)
+    every = native_refine.backward(*inputs, [True] * 3)
     for hidden_too, boxes_too, weights_too in subsets(3):
-        some = native_refine.backward(*inputs, hidden_too, boxes_too, weights_too)
+        some = native_refine.backward(*inputs, [hidden_too, boxes_too, weights_too])
         want = [
             *every[: 1 if hidden_too else 0],
             *every[1 : 2 if boxes_too else 1],

@@ -14,10 +14,12 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kMostRows = 8;  // of a block
 constexpr float kHalfMax = 65504.0f;
+constexpr float kBelowHalfMax = 65503.99609375f;  // the next float
 
 struct Embed {
   PositionEmbed p;
   uint32_t rows;
+  float held_above;  // query sines with a larger magnitude have no gradient: float16 saturates
   float inverse_wavelength[kMaxFeats / 2];
 };
 
@@ -94,7 +96,7 @@ __global__ void __launch_bounds__(kThreads) box_position_embed_backward(const __
   const int slot = group % p.coordinates, place_in_block = group / p.coordinates;
   const int rows_of_block = kVec / p.coordinates;
   const int f = p.num_feats, c = coordinate_of(p, slot);
-  const bool center = slot < 2, saturate = p.query_sine.dtype == DType::float16;
+  const bool center = slot < 2;
   float* sums = d_scale_sums + place_in_block * 2 * f + slot * f;
   if (SumScale && center) {
     for (int feature = lane * kVec; feature < f; feature += kLanes * kVec) {
@@ -128,7 +130,7 @@ __global__ void __launch_bounds__(kThreads) box_position_embed_backward(const __
 #pragma unroll
           for (int i = 0; i < kVec; ++i) {
             const float scaled = g[i] * scale[i], out = scaled * m;
-            const float d = saturate && held(-fabsf(out), -kHalfMax, p.bounds_pass) ? 0.0f : d_out[i];
+            const float d = fabsf(out) > e.held_above ? 0.0f : d_out[i];
             d_m += i < valid ? d * scaled : 0.0f;
             d_scale[i] = i < valid ? d * m * g[i] : 0.0f;
             d_scale_sum += d_scale[i];
@@ -186,6 +188,7 @@ Embed embed_of(const PositionEmbed& p, double temperature) {
   Embed e;
   e.p = p;
   e.rows = uint32_t(p.rows.count());
+  e.held_above = p.query_sine.dtype != DType::float16 ? INFINITY : p.bounds_pass ? kHalfMax : kBelowHalfMax;
   double wavelengths[kMaxFeats / 2];
   inverse_wavelengths(p.num_feats, temperature, wavelengths);
   for (int k = 0; k < kMaxFeats / 2; ++k) e.inverse_wavelength[k] = k < p.num_feats / 2 ? float(wavelengths[k]) : 0.0f;

@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
 import dab_fast
-from dab_fast import measure
+from dab_fast import checkpoint, measure
 from dab_fast.cli.inputs import InputError
 
 SHORTER, LONGER = 800, 1333  # the usual resize of DETR: the shorter side to 800, the longer at most 1333
@@ -162,13 +162,35 @@ def to_pixel_values(image: Image.Image) -> Tensor:  # [1, 3, height, width]
 
 
 def load_checkpoint(path: Path) -> Any:
-    """The model of a directory written by `save_pretrained`. Raises InputError."""
+    """The model of whatever `dab_fast.load_checkpoint` reads. Raises InputError.
+
+    What `save_pretrained` wrote, transformers loads. For anything else its model is built by the shapes in the file.
+    """
+    if not path.exists():
+        raise InputError(
+            "--checkpoint must be a directory written by save_pretrained, with config.json, or a file that "
+            f"dab_fast.load_checkpoint reads, got {path}"
+        )
+    model = _load_directory(path) if (path / "config.json").is_file() else _load_by_shapes(path)
+    return model.eval()
+
+
+def _load_by_shapes(path: Path) -> Any:
+    from dab_fast.adapters.huggingface.build import build
+
+    try:
+        found = checkpoint.read(path)
+        model = build(found.tensors, checkpoint.decoder_config(found), found.stated)
+        return checkpoint.load(found, model)
+    except Exception as error:  # transformers raises nearly anything at values that it does not expect
+        raise InputError(f"--checkpoint cannot be used: {first_line(error)}") from error
+
+
+def _load_directory(path: Path) -> Any:
     import transformers
     from transformers import AutoConfig
 
     transformers.utils.logging.disable_progress_bar()
-    if not (path / "config.json").is_file():
-        raise InputError(f"--checkpoint must be a directory written by save_pretrained, with config.json, got {path}")
     try:
         kind = AutoConfig.from_pretrained(path, local_files_only=True).model_type
         if kind != "dab-detr":
@@ -182,7 +204,7 @@ def load_checkpoint(path: Path) -> Any:
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise InputError(f"--checkpoint {path} lacks {len(missing)} parameters, the first is {missing[0]}")
-    return model.eval()
+    return model
 
 
 def first_line(error: BaseException) -> str:

@@ -53,7 +53,11 @@ def _fail(command: str, message: str) -> None:
 def demo(
     image: Annotated[Path | None, typer.Argument(help="A photo; by default one that scikit-image ships.")] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="A directory written by save_pretrained; without it the weights are random.")
+        Path | None,
+        typer.Option(
+            help="A directory written by save_pretrained, or any file that dab_fast.load_checkpoint reads (.pth, "
+            ".safetensors); without it the weights are random."
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, or bfloat16 and float16 by autocast")] = "float32",

@@ -36,15 +36,26 @@ LAYER_NAMES = {
     "linear2": "mlp.fc2",
     "activation": "mlp.activation_fn",
 }
-_OURS = {theirs: ours for ours, theirs in LAYER_NAMES.items()}
+_CANONICAL_LAYER_NAMES = {theirs: ours for ours, theirs in LAYER_NAMES.items()}
 
 
 def canonical_name(name: str) -> str:
     """The IDEA-Research name of a module below Hugging Face's `DabDetrDecoder`."""
     if name.startswith("layers."):
-        layers, index, *rest = name.split(".", 2)
-        return ".".join((layers, index, *(_OURS.get(r, r) for r in rest)))
+        return _renamed_in_layer(name, _CANONICAL_LAYER_NAMES)
     return "norm" if name == "layernorm" else name
+
+
+def original_name(name: str) -> str:
+    """The inverse of `canonical_name`."""
+    if name.startswith("layers."):
+        return _renamed_in_layer(name, LAYER_NAMES)
+    return "layernorm" if name == "norm" else name
+
+
+def _renamed_in_layer(name: str, names: dict[str, str]) -> str:
+    layers, index, *inside = name.split(".", 2)
+    return ".".join((layers, index, *(names.get(module, module) for module in inside)))
 
 
 def fast_class(module: nn.Module) -> type[Fast] | None:
