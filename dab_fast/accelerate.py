@@ -42,7 +42,9 @@ def accelerate(model: nn.Module, *, recompute: bool = False) -> Report:
     Each known module becomes an instance of a subclass with the fast forward: parameters, state_dict keys, other
     instances and the libraries' classes stay as they are. A call that the fast forward cannot serve takes the
     original one. Boxes are float32 at least whatever the dtype of the content; dab_fast's own kernels give the same
-    bits from run to run. `torch.save` of a model that is accelerated writes a pickle that needs dab_fast to load.
+    bits from run to run. A deepcopy is accelerated too; a pickle (`torch.save` of the model, a spawned worker's copy)
+    holds the original classes and loads without dab_fast, and what `type(model)(…)` builds is the original's: call
+    `accelerate` on those.
 
     A second derivative (`create_graph=True`, gradient penalties) raises: `restore` the model before one. Forward mode
     and `torch.func` run in plain PyTorch.
@@ -123,15 +125,28 @@ def restore(model: nn.Module) -> None:
     """Undo `accelerate`: every accelerated module in `model` gets its original class back.
 
     Parameters and their gradients stay as they are; a model without accelerated modules too. Reports keep what they
-    counted.
+    counted. A forward that something wrapped while it was accelerated is the original's from then on.
 
     Args:
         model: what was given to `accelerate`, or any module with accelerated ones inside.
 
     Raises:
         TypeError: `model` is no module.
+        RuntimeError: another library has put a class of its own on top of an accelerated module's, as `fully_shard` and
+            parametrizations do; the model is left as it was.
     """
     _check_module(model)
-    for module in model.modules():
-        if isinstance(module, Fast):
-            module.dab_fast_end()
+    accelerated = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, Fast) and module.dab_fast_active
+    }
+    for name, module in accelerated.items():
+        kind = type(module)
+        if "dab_fast_original" not in vars(kind):
+            raise RuntimeError(
+                f"{name or '(model)'} cannot be restored: its class is now {kind.__module__}.{kind.__qualname__}, which "
+                "something put on top of the accelerated one. Take that off first, or restore before it is put on"
+            )
+    for module in accelerated.values():
+        module.dab_fast_end()

@@ -1,7 +1,6 @@
 """The fast subclasses of Hugging Face's DAB-DETR.
 
-They carry their originals' names, since transformers writes a class's name into the saved config and looks the loss
-up by it; pickle finds them by this module.
+They carry their originals' names: transformers writes a class's name into the saved config, and looks the loss up by it.
 """
 
 from __future__ import annotations

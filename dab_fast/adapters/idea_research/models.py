@@ -165,12 +165,8 @@ _SCALARS = (bool, int, float, str)
 
 @functools.cache
 def fast_subclass(original: type[nn.Module]) -> type[Fast]:
-    # `__qualname__` is what pickle looks up in this package, undotted since pickle walks dots; see `__getattr__`.
-    path = f"{original.__module__}:{original.__qualname__}".replace(".", "/")
     body = {
         "dab_fast_original": original,
-        "__module__": __package__,
-        "__qualname__": path,
         "__doc__": f"{original.__module__}.{original.__qualname__} with the forward of dab_fast.",
     }
     return type(original.__name__, (FastTransformerDecoder, original), body)
