@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from dab_fast._tracing import apart
 from dab_fast.adapters import ADAPTERS
 from dab_fast.adapters._fast import Fast, Reasons
 
@@ -67,11 +68,31 @@ def accelerate(model: nn.Module, *, recompute: bool = False) -> Report:
         ValueError: nothing in `model` is a DAB-DETR module that dab_fast knows; the model is left as it was.
     """
     _check_module(model)
+    default_dtype = torch.get_default_dtype()  # of the process, where `apart` helps only with what is a thread's
+    torch.set_default_dtype(torch.float32)
+    try:
+        replaced, not_replaced = apart(lambda: _replace(model))
+    finally:
+        torch.set_default_dtype(default_dtype)
+    for module in replaced.values():
+        module.dab_fast_recompute = recompute
+    if not replaced:
+        found = "; ".join(f"{name or '(model)'}: {reason}" for name, reason in not_replaced.items())
+        raise ValueError(
+            f"model must contain a DAB-DETR decoder that dab_fast knows ({', '.join(ADAPTERS)}), got "
+            f"{type(model).__module__}.{type(model).__qualname__}{' (' + found + ')' if found else ''}"
+            f"{_advice(model)}"
+        )
+    return Report(replaced, not_replaced, {name: module.dab_fast_reasons for name, module in replaced.items()})
+
+
+def _replace(model: nn.Module) -> tuple[dict[str, Fast], dict[str, str]]:
+    """The first two fields of the `Report`."""
     adapters = [importlib.import_module(f"dab_fast.adapters.{name}") for name in ADAPTERS]
     replaced: dict[str, Fast] = {}
     not_replaced: dict[str, str] = {}
     for name, module in model.named_modules():
-        if isinstance(module, Fast):
+        if isinstance(module, Fast) and module.dab_fast_active:
             replaced[name] = module
             continue
         if isinstance(module, _TRANSLATED):
@@ -85,16 +106,7 @@ def accelerate(model: nn.Module, *, recompute: bool = False) -> Report:
                 replaced[name] = module
             elif reason := adapter.why_not(module):
                 not_replaced[name] = reason
-    for module in replaced.values():
-        module.dab_fast_recompute = recompute
-    if not replaced:
-        found = "; ".join(f"{name or '(model)'}: {reason}" for name, reason in not_replaced.items())
-        raise ValueError(
-            f"model must contain a DAB-DETR decoder that dab_fast knows ({', '.join(ADAPTERS)}), got "
-            f"{type(model).__module__}.{type(model).__qualname__}{' (' + found + ')' if found else ''}"
-            f"{_advice(model)}"
-        )
-    return Report(replaced, not_replaced, {name: module.dab_fast_reasons for name, module in replaced.items()})
+    return replaced, not_replaced
 
 
 # What torch.jit and torch.fx, and so torch.export, make of modules: their forward is no longer the class's.
@@ -137,16 +149,14 @@ def restore(model: nn.Module) -> None:
     """
     _check_module(model)
     accelerated = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, Fast) and module.dab_fast_active
+        name: module for name, module in model.named_modules() if isinstance(module, Fast) and module.dab_fast_active
     }
     for name, module in accelerated.items():
         kind = type(module)
         if "dab_fast_original" not in vars(kind):
             raise RuntimeError(
-                f"{name or '(model)'} cannot be restored: its class is now {kind.__module__}.{kind.__qualname__}, which "
-                "something put on top of the accelerated one. Take that off first, or restore before it is put on"
+                f"{name or '(model)'} cannot be restored: its class is now {kind.__module__}.{kind.__qualname__}, put "
+                "on top of the accelerated one since. Take that off first, or restore before it is put on"
             )
     for module in accelerated.values():
         module.dab_fast_end()

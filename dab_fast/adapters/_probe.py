@@ -93,4 +93,4 @@ def _randomized_copy(module: nn.Module) -> tuple[nn.Module, Callable[..., Tensor
 
 def seeded_randn() -> Callable[..., Tensor]:
     """Random numbers that leave the user's generator where it is."""
-    return functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    return functools.partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float32)

@@ -1,6 +1,7 @@
 """The fast subclasses of Hugging Face's DAB-DETR.
 
-They carry their originals' names: transformers writes a class's name into the saved config, and looks the loss up by it.
+They carry their originals' names: transformers writes a class's name into the saved config, and looks the loss up by
+it.
 """
 
 from __future__ import annotations

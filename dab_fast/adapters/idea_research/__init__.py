@@ -64,4 +64,3 @@ def looks_like_decoder(module: nn.Module) -> bool:
         and len(layers) > 0
         and set(layers[0]._modules) >= _LAYER_MARKS
     )
-

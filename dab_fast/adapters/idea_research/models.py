@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dab_fast import reference
-from dab_fast._tracing import compiling
+from dab_fast._tracing import apart, compiling
 from dab_fast.adapters._fast import DropoutRates, Fast
 from dab_fast.adapters._probe import seeded_randn
 from dab_fast.config import Activation, DecoderConfig
@@ -191,7 +191,7 @@ def is_relu_mlp(module: nn.Module) -> bool:
     settings = frozenset((name, _hashable(x)) for name, x in vars(module).items() if not name.startswith("_"))
     key = (type(module), settings, len(layers))  # `training` is one of the settings
     if key not in _IS_RELU_MLP:
-        _IS_RELU_MLP[key] = _computes_relu_mlp(module)
+        _IS_RELU_MLP[key] = apart(lambda: _computes_relu_mlp(module))
     return _IS_RELU_MLP[key]
 
 
@@ -209,7 +209,10 @@ def _computes_relu_mlp(module: nn.Module) -> bool:
     twin = copy.copy(module)
     twin.__dict__ = vars(module) | {"_modules": {}}
     with torch.device("meta"):
-        twin.layers = nn.ModuleList(nn.Linear(x.in_features, x.out_features) for x in module.layers)  # type: ignore[union-attr, arg-type]
+        twin.layers = nn.ModuleList(
+            nn.Linear(x.in_features, x.out_features, dtype=torch.float32)  # type: ignore[arg-type]
+            for x in module.layers  # type: ignore[union-attr]
+        )
     twin.to_empty(device="cpu")
     randn = seeded_randn()
     for parameter in twin.parameters():
