@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
 import torch
 from torch.autograd import forward_ad
+
+T = TypeVar("T")
 
 
 def compiling() -> bool:
@@ -40,3 +46,9 @@ def constant(x: float) -> float:
 
         return guard_scalar(x)
     return x
+
+
+def apart(fn: Callable[[], T]) -> T:
+    """fn() in a new thread, which has none of the caller's modes: inference, autocast, torch.func, a default device."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(fn).result()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from dab_fast._tracing import apart
 from dab_fast.adapters import ADAPTERS
 from dab_fast.adapters._fast import Fast, Reasons
 
@@ -42,7 +43,9 @@ def accelerate(model: nn.Module, *, recompute: bool = False) -> Report:
     Each known module becomes an instance of a subclass with the fast forward: parameters, state_dict keys, other
     instances and the libraries' classes stay as they are. A call that the fast forward cannot serve takes the
     original one. Boxes are float32 at least whatever the dtype of the content; dab_fast's own kernels give the same
-    bits from run to run. `torch.save` of a model that is accelerated writes a pickle that needs dab_fast to load.
+    bits from run to run. A deepcopy is accelerated too; a pickle (`torch.save` of the model, a spawned worker's copy)
+    holds the original classes and loads without dab_fast, and what `type(model)(…)` builds is the original's: call
+    `accelerate` on those.
 
     A second derivative (`create_graph=True`, gradient penalties) raises: `restore` the model before one. Forward mode
     and `torch.func` run in plain PyTorch.
@@ -65,11 +68,31 @@ def accelerate(model: nn.Module, *, recompute: bool = False) -> Report:
         ValueError: nothing in `model` is a DAB-DETR module that dab_fast knows; the model is left as it was.
     """
     _check_module(model)
+    default_dtype = torch.get_default_dtype()  # of the process, where `apart` helps only with what is a thread's
+    torch.set_default_dtype(torch.float32)
+    try:
+        replaced, not_replaced = apart(lambda: _replace(model))
+    finally:
+        torch.set_default_dtype(default_dtype)
+    for module in replaced.values():
+        module.dab_fast_recompute = recompute
+    if not replaced:
+        found = "; ".join(f"{name or '(model)'}: {reason}" for name, reason in not_replaced.items())
+        raise ValueError(
+            f"model must contain a DAB-DETR decoder that dab_fast knows ({', '.join(ADAPTERS)}), got "
+            f"{type(model).__module__}.{type(model).__qualname__}{' (' + found + ')' if found else ''}"
+            f"{_advice(model)}"
+        )
+    return Report(replaced, not_replaced, {name: module.dab_fast_reasons for name, module in replaced.items()})
+
+
+def _replace(model: nn.Module) -> tuple[dict[str, Fast], dict[str, str]]:
+    """The first two fields of the `Report`."""
     adapters = [importlib.import_module(f"dab_fast.adapters.{name}") for name in ADAPTERS]
     replaced: dict[str, Fast] = {}
     not_replaced: dict[str, str] = {}
     for name, module in model.named_modules():
-        if isinstance(module, Fast):
+        if isinstance(module, Fast) and module.dab_fast_active:
             replaced[name] = module
             continue
         if isinstance(module, _TRANSLATED):
@@ -83,16 +106,7 @@ def accelerate(model: nn.Module, *, recompute: bool = False) -> Report:
                 replaced[name] = module
             elif reason := adapter.why_not(module):
                 not_replaced[name] = reason
-    for module in replaced.values():
-        module.dab_fast_recompute = recompute
-    if not replaced:
-        found = "; ".join(f"{name or '(model)'}: {reason}" for name, reason in not_replaced.items())
-        raise ValueError(
-            f"model must contain a DAB-DETR decoder that dab_fast knows ({', '.join(ADAPTERS)}), got "
-            f"{type(model).__module__}.{type(model).__qualname__}{' (' + found + ')' if found else ''}"
-            f"{_advice(model)}"
-        )
-    return Report(replaced, not_replaced, {name: module.dab_fast_reasons for name, module in replaced.items()})
+    return replaced, not_replaced
 
 
 # What torch.jit and torch.fx, and so torch.export, make of modules: their forward is no longer the class's.
@@ -123,15 +137,26 @@ def restore(model: nn.Module) -> None:
     """Undo `accelerate`: every accelerated module in `model` gets its original class back.
 
     Parameters and their gradients stay as they are; a model without accelerated modules too. Reports keep what they
-    counted.
+    counted. A forward that something wrapped while it was accelerated is the original's from then on.
 
     Args:
         model: what was given to `accelerate`, or any module with accelerated ones inside.
 
     Raises:
         TypeError: `model` is no module.
+        RuntimeError: another library has put a class of its own on top of an accelerated module's, as `fully_shard` and
+            parametrizations do; the model is left as it was.
     """
     _check_module(model)
-    for module in model.modules():
-        if isinstance(module, Fast):
-            module.dab_fast_end()
+    accelerated = {
+        name: module for name, module in model.named_modules() if isinstance(module, Fast) and module.dab_fast_active
+    }
+    for name, module in accelerated.items():
+        kind = type(module)
+        if "dab_fast_original" not in vars(kind):
+            raise RuntimeError(
+                f"{name or '(model)'} cannot be restored: its class is now {kind.__module__}.{kind.__qualname__}, put "
+                "on top of the accelerated one since. Take that off first, or restore before it is put on"
+            )
+    for module in accelerated.values():
+        module.dab_fast_end()

@@ -6,6 +6,7 @@ kernels, since one ATen call may launch several.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 import sys
@@ -20,7 +21,6 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -28,7 +28,7 @@ MIN_ROUNDS = 3
 
 # Calls that launch nothing, though their schemas do not say that they return a view.
 _ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
-_READS_ON_THE_HOST = {torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__}
+_READS_ON_THE_HOST = ("cpu", "numpy", "tolist")  # methods; `__array__` calls numpy()
 _SYNC_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
@@ -52,7 +52,7 @@ def count(fn: Callable[[], Any], *, execute_kernels: bool = True) -> Counts:
     A call into the extension counts as one kernel.
     """
     counts = Counts()
-    with _count_launches(counts, execute_kernels), _Functions(counts), _Dispatched(counts):
+    with _count_launches(counts, execute_kernels), _count_reads(counts), _Dispatched(counts):
         fn()
     return counts
 
@@ -260,17 +260,26 @@ class _Dispatched(TorchDispatchMode):
         return result
 
 
-class _Functions(TorchFunctionMode):
-    """Reads on the host that never reach the dispatcher where the tensor is on the CPU already."""
+@contextmanager
+def _count_reads(counts: Counts) -> Iterator[None]:
+    """Reads on the host that never reach the dispatcher where the tensor is on the CPU already.
 
-    def __init__(self, counts: Counts) -> None:
-        super().__init__()
-        self.counts = counts
+    A TorchFunctionMode would see them too, but the original attention of IDEA-Research does not run under one.
+    """
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _READS_ON_THE_HOST and args[0].device.type == "cpu":
-            self.counts.syncs[func.__name__] += 1
-        return func(*args, **(kwargs or {}))
+    def counted(name: str, read: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(read)
+        def counting(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self.device.type == "cpu":
+                counts.syncs[name] += 1
+            return read(self, *args, **kwargs)
+
+        return counting
+
+    with ExitStack() as stack:
+        for name in _READS_ON_THE_HOST:
+            stack.enter_context(mock.patch.object(Tensor, name, counted(name, getattr(Tensor, name))))
+        yield
 
 
 def _returns_view(func: Any) -> bool:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from dab_fast._tracing import apart
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -55,6 +56,4 @@ def clamp_passes_at_bounds() -> bool:
         node: Any = x.clamp(min=0).grad_fn
         return bool(node(torch.ones(())))  # without autograd's engine, whose threads no fork survives
 
-    # A new thread has none of the caller's modes: inference, fake tensors, torch.func, a default device.
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(probe).result()
+    return apart(probe)

@@ -180,7 +180,9 @@ def test_replicas_count_with_their_model_and_copies_for_themselves(caplog):
             replicate(model)(**images())
     assert [sum(reasons.values()) for reasons in report.stepped_aside.values()] == [3]
     assert len(caplog.messages) == 1
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+    loaded = pickle.loads(pickle.dumps(model))
+    dab_fast.accelerate(loaded)
+    for twin in (copy.deepcopy(model), loaded):
         assert not twin.model.decoder.dab_fast_reasons
         with torch.no_grad():
             twin(**images())

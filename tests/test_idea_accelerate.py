@@ -62,16 +62,18 @@ def test_accelerate_model_restore_and_twice():
 
 
 @pytest.mark.parametrize("protocol", [2, pickle.HIGHEST_PROTOCOL])
-def test_accelerated_decoder_pickles_by_its_originals_name(protocol):
+def test_a_pickle_is_the_originals_and_a_deepcopy_is_fast(protocol, caplog):
     theirs = oracle()
     ours = accelerated(theirs)
-    again = pickle.loads(pickle.dumps(ours, protocol))
-    assert type(again) is type(ours)
+    pickled = pickle.dumps(ours, protocol)
+    assert b"dab_fast" not in pickled and "pickled as the original" in caplog.text
     saved = io.BytesIO()
     torch.save(ours, saved, pickle_protocol=protocol)
     saved.seek(0)
-    for other in (again, copy.deepcopy(ours), torch.load(saved, weights_only=False)):
-        assert type(other) is type(ours)
+    twin = copy.deepcopy(ours)
+    assert type(twin) is type(ours)
+    for other in (twin, pickle.loads(pickled), torch.load(saved, weights_only=False)):
+        assert other is twin or type(other) is type(theirs)
         with torch.no_grad():
             assert_same_outputs(other(**inputs()), theirs(**inputs()))
 
@@ -327,7 +329,7 @@ def test_an_argument_of_its_own_steps_aside():
 def test_a_flag_that_changes_after_accelerate_steps_aside():
     theirs = scaling()
     ours = accelerated(theirs)
-    again = pickle.loads(pickle.dumps(ours))
+    again = copy.deepcopy(ours)
     theirs.double = True
     for decoder in (ours, again, replicate(ours)):
         decoder.double = True

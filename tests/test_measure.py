@@ -5,12 +5,15 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from dab_fast import measure
 from dab_fast.bench import host, rows
+from tests.support import idea_models
+from tests.support import idea_second_writing as second
 
 
 def test_aten_calls_leave_out_views_and_allocations():
@@ -155,3 +158,28 @@ def test_quantile():
     assert measure.quantile([3, 1, 2], 0.5) == 2
     assert measure.quantile([0, 10], 0.2) == 2
     assert measure.quantile([7], 0.8) == 7
+
+
+class HandsItselfToModes(second.Attention):
+    """As the attention of IDEA-Research, which hands itself, and what it does not take, to whoever overrides torch."""
+
+    def forward(self, q, *args):
+        if torch.overrides.has_torch_function((q,)):
+            return torch.overrides.handle_torch_function(self.forward, (q,), q, *args, unknown=True)
+        return super().forward(q, *args)
+
+
+def test_what_breaks_under_a_function_mode_is_counted():
+    decoder = idea_models.oracle()
+    with torch.no_grad():
+        expected = measure.count(lambda: decoder(**idea_models.inputs())[0].tolist())
+        for layer in decoder.layers:
+            layer.self_attn.__class__ = layer.cross_attn.__class__ = HandsItselfToModes
+        found = measure.count(lambda: decoder(**idea_models.inputs())[0].tolist())
+    assert found == expected and found.syncs["tolist"] == 1
+
+
+def test_reads_by_numpy_are_counted_once():
+    x = torch.ones(2)
+    assert measure.count(lambda: np.asarray(x)).syncs == {"numpy": 1}
+    assert "numpy" not in vars(torch.Tensor), "counting leaves torch as it was"

@@ -343,7 +343,7 @@ CLASSES = [
 
 @WHEN
 @pytest.mark.parametrize(
-    ("owner", "name", "value"),
+    "owner, name, value",
     [
         (original, "encode_sinusoidal_position_embedding", temperature_20),
         (original, "inverse_sigmoid", eps_1e_3),

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 import dab_fast
-from dab_fast import demo, ops
+from dab_fast import ops
+from dab_fast.cli import demo
 from tests.support.surgery import (
     accelerate,
     assert_same,

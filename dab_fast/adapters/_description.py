@@ -2,8 +2,8 @@
 
 A `Description` holds the structure and the settings of a module tree: the classes, the shapes of the parameters, and
 every attribute that is a number, a flag, a string or a function. A `Code` holds which functions run: the forwards of
-the classes, the functions of their file that these call, and those of PyTorch. A `Watch` says at every call, in one pass
-over the modules' own dictionaries, whether either may have changed since it was made.
+the classes, the functions of their file that these call, and those of PyTorch. A `Watch` says at every call, in one
+pass over the modules' own dictionaries, whether either may have changed since it was made.
 """
 
 from __future__ import annotations
@@ -94,11 +94,11 @@ class Code:
         for kind in {original, *(type(module) for module in root.modules() if module is not root)}:
             for name in ("forward", "__call__"):
                 function = getattr(kind, name)
-                if not _is_from(function, {"torch", kind.__module__.partition(".")[0]}):
+                if not is_from(function, {"torch", kind.__module__.partition(".")[0]}):
                     return f"{kind.__name__}.{name}"
         packages = {"torch", original.__module__.partition(".")[0]}
         for _, _, shown, x in self.uses.values():
-            if isinstance(x, types.FunctionType) and not _is_from(x, packages):
+            if isinstance(x, types.FunctionType) and not is_from(x, packages):
                 return shown
         return None
 
@@ -118,13 +118,15 @@ class Code:
         for base in kind.__mro__:
             if base is object:
                 break
-            for name, x in vars(base).items() if base is not nn.Module else [("__call__", nn.Module.__call__)]:
-                if name == "forward" or name == "__call__":
-                    self._note(vars(base), name, f"{base.__name__}.{name}", vars(base)[name])
-                    if not base.__module__.startswith("torch."):
-                        self._add_function(x)
-                elif not name.startswith("__") and not base.__module__.startswith("torch.") and _constant(x):
-                    self._note(vars(base), name, f"{base.__name__}.{name}", x)
+            own, in_torch = vars(base), base.__module__.startswith("torch.")
+            for name in ("forward", "__call__"):  # that it has none is a fact, too
+                self._note(own, name, f"{base.__name__}.{name}", own.get(name, _ABSENT))
+            if in_torch:
+                continue
+            self._add_function(own.get("forward"))
+            for name, x in own.items():
+                if not name.startswith("__") and _constant(x):
+                    self._note(own, name, f"{base.__name__}.{name}", x)
 
     def _add_function(self, function: Any) -> None:
         seen: set[int] = set()
@@ -155,7 +157,7 @@ def _filled(cell: Any) -> bool:
         return False
 
 
-def _is_from(function: Any, packages: Collection[str]) -> bool:
+def is_from(function: Any, packages: Collection[str]) -> bool:
     code = getattr(function, "__code__", None)
     module = getattr(function, "__module__", "") or ""
     if code is None:

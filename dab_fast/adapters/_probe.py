@@ -1,4 +1,4 @@
-"""Whether an original forward computes what the fast one does, values and gradients: both run on a copy of the decoder."""
+"""Whether an original forward computes what the fast one does, values and gradients: both run on a copy."""
 
 from __future__ import annotations
 
@@ -97,7 +97,10 @@ def _compare(
 ) -> None:
     grad = given[0].requires_grad
     with torch.set_grad_enabled(grad):
-        expected = fast(decoder, *given, **masks)
+        try:
+            expected = fast(decoder, *given, **masks)
+        except Exception as error:
+            raise StepAside(f"the fast forward does not know it{when}: {type(error).__name__}: {error}") from error
         random_state = torch.get_rng_state()
         try:
             got = list(original(decoder, *given, **masks))
@@ -138,7 +141,8 @@ def _compare_gradients(
     worst = int(errors.argmax())
     if not errors[worst] <= _GRADIENT_TOLERANCE:
         raise StepAside(
-            f"its gradient of {names[worst]} is not what the original computes{when}: they differ by {errors[worst]:.1%}"
+            f"its gradient of {names[worst]} is not what the original computes{when}: "
+            f"they differ by {errors[worst]:.1%}"
         )
 
 
@@ -164,4 +168,4 @@ def _randomized_copy(module: nn.Module) -> tuple[nn.Module, Callable[..., Tensor
 
 def seeded_randn() -> Callable[..., Tensor]:
     """Random numbers that leave the user's generator where it is."""
-    return functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    return functools.partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float32)

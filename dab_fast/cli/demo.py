@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
 import dab_fast
@@ -142,10 +142,10 @@ def default_image() -> Path:
 
 
 def read_image(path: Path) -> Image.Image:
-    """The photo at the usual size. Raises InputError if it cannot be read."""
+    """The photo, upright, at the usual size. Raises InputError if it cannot be read."""
     try:
         with Image.open(path) as file:
-            image = file.convert("RGB")
+            image = _in_8_bits(ImageOps.exif_transpose(file)).convert("RGB")
     except UnidentifiedImageError:
         raise InputError(f"IMAGE must be a picture that Pillow reads, got {path}") from None
     except (OSError, ValueError, Image.DecompressionBombError) as error:
@@ -153,6 +153,13 @@ def read_image(path: Path) -> Image.Image:
     factor = min(SHORTER / min(image.size), LONGER / max(image.size))
     width, height = (max(1, round(side * factor)) for side in image.size)
     return image.resize((width, height), Image.Resampling.BILINEAR)
+
+
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits, which Pillow would clip at 255; mode "I" is how older versions of it read such a PNG."""
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
 
 
 def to_pixel_values(image: Image.Image) -> Tensor:  # [1, 3, height, width]

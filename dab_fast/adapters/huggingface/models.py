@@ -1,7 +1,7 @@
 """The fast subclasses of Hugging Face's DAB-DETR.
 
-They carry their originals' names, since transformers writes a class's name into the saved config and looks the loss
-up by it; pickle finds them by this module.
+They carry their originals' names: transformers writes a class's name into the saved config, and looks the loss up by
+it.
 """
 
 from __future__ import annotations
@@ -10,18 +10,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
 from transformers.activations import GELUActivation, SiLUActivation
 from transformers.models.dab_detr import modeling_dab_detr as original
 
 from dab_fast import reference
 from dab_fast._tracing import compiling
-from dab_fast.adapters._description import Code
+from dab_fast.adapters._description import Code, is_from
 from dab_fast.adapters._fast import DropoutRates, Fast, FastDecoder
 from dab_fast.adapters._probe import Forward, probe
 from dab_fast.adapters.huggingface import INVERSE_SIGMOID_EPS, canonical_name
 from dab_fast.config import Activation, DecoderConfig
 from dab_fast.decoder import decode, predict_boxes
-from dab_fast.parameters import StepAside, gather
+from dab_fast.parameters import StepAside, check_unhooked, gather
 from dab_fast.precision import autocast_on
 
 
@@ -124,9 +125,11 @@ class DabDetrDecoder(FastDecoder, original.DabDetrDecoder):
 
 def why_not(module: nn.Module) -> str | None:
     """Why a module of one of their exact classes is left as it is, or None."""
-    if (name := Code(module, type(module)).foreign(module, type(module))) is not None:
-        return f"{name} is patched"
+    if not _is_theirs(type(module)):
+        return f"{type(module).__name__}.forward is patched"
     if isinstance(module, original.DabDetrDecoder):
+        if (name := Code(module, type(module)).foreign(module, type(module))) is not None:
+            return f"{name} is patched"
         try:
             _, config = read(module)
         except StepAside:
@@ -136,6 +139,40 @@ def why_not(module: nn.Module) -> str | None:
         except StepAside as reason:
             return str(reason)
     return None
+
+
+# The forwards as their file has them; None where it was patched before.
+_FORWARDS = {
+    kind: kind.forward if is_from(kind.forward, {"transformers"}) else None
+    for kind in (
+        original.DabDetrDecoder,
+        original.DabDetrModel,
+        original.DabDetrForObjectDetection,
+        original.DabDetrEncoder,
+        original.DabDetrConvModel,
+        original.DabDetrSinePositionEmbedding,
+        original.DabDetrMLP,
+    )
+}
+_INVERSE_SIGMOID = original.inverse_sigmoid
+
+
+def _is_theirs(kind: type[nn.Module]) -> bool:
+    """Whether a class of theirs has the forward that their file has."""
+    return _FORWARDS[kind] is not None and kind.forward is _FORWARDS[kind]
+
+
+def _is_known(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of `module` is a call of their forward of `kind`, and of nothing else."""
+    return type(module) is kind and _is_theirs(kind) and _is_unhooked(module)
+
+
+def _is_unhooked(module: nn.Module) -> bool:
+    try:
+        check_unhooked("", module)
+    except StepAside:
+        return False
+    return not nn_module._has_any_global_hook()
 
 
 def read(decoder: Any) -> tuple[dict[str, Tensor], DecoderConfig]:
@@ -209,6 +246,7 @@ class DabDetrModel(Fast, original.DabDetrModel):
     ) -> Any:
         """The original's arguments and results. Without padding no mask is made, and the decoder learns h and w."""
         try:
+            _check_unpatched(original.DabDetrModel)
             _check_served(self, encoder_outputs, output_attentions, return_dict)
             if pixel_mask is not None and pixel_mask.shape[:1] != pixel_values.shape[:1]:
                 raise StepAside("pixel_mask has another batch size than pixel_values")
@@ -232,7 +270,7 @@ class DabDetrModel(Fast, original.DabDetrModel):
         feature_map, mask, pos = _features(self, pixel_values, pixel_mask)
         encoded = self.encoder(
             inputs_embeds=self.input_projection(feature_map).flatten(2).transpose(1, 2),
-            attention_mask=None if unpadded else mask,
+            attention_mask=None if unpadded and _is_known(self.encoder, original.DabDetrEncoder) else mask,
             object_queries=pos,
             output_attentions=False,
             output_hidden_states=output_hidden_states,
@@ -245,17 +283,21 @@ class DabDetrModel(Fast, original.DabDetrModel):
             memory.shape[0],
             self.hidden_size,
         )
-        decoded = self.decoder(
-            inputs_embeds=content,
-            query_position_embeddings=anchors,
-            object_queries=pos[:1] if unpadded else pos,
-            encoder_hidden_states=memory,
-            memory_key_padding_mask=None if unpadded else mask,
-            output_attentions=False,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-            spatial_shape=tuple(feature_map.shape[-2:]) if unpadded else None,
-        )
+        given = {
+            "inputs_embeds": content,
+            "query_position_embeddings": anchors,
+            "object_queries": pos,
+            "encoder_hidden_states": memory,
+            "memory_key_padding_mask": mask,
+            "output_attentions": False,
+            "output_hidden_states": output_hidden_states,
+            "return_dict": True,
+        }
+        if unpadded and _is_unhooked(self.decoder):  # whoever looks at the call sees the original's
+            given["memory_key_padding_mask"] = None
+            if _makes_sines(self.backbone):
+                given |= {"object_queries": pos[:1], "spatial_shape": tuple(feature_map.shape[-2:])}
+        decoded = self.decoder(**given)
         return original.DabDetrModelOutput(
             last_hidden_state=decoded.last_hidden_state,
             decoder_hidden_states=decoded.hidden_states,
@@ -295,11 +337,12 @@ class DabDetrForObjectDetection(Fast, original.DabDetrForObjectDetection):
         try:
             if not (self.config.return_dict if return_dict is None else return_dict):
                 raise StepAside("return_dict=False")
+            _check_unpatched(original.DabDetrForObjectDetection)
             params = _box_head(self)
         except StepAside as reason:
             self.dab_fast_step_aside(reason)
             return super().forward(pixel_values, pixel_mask, labels=labels, return_dict=return_dict, **inputs, **kwargs)
-        outputs = self.model(pixel_values, pixel_mask, return_dict=True, **inputs)
+        outputs = self.model(pixel_values, pixel_mask=pixel_mask, return_dict=True, **inputs)
         hidden_states, reference_points = outputs.intermediate_hidden_states, outputs.reference_points
         logits = self.class_embed(hidden_states[-1])
         needed = slice(-1 if labels is None else None, None)  # layers
@@ -369,14 +412,29 @@ def _activation(module: nn.Module) -> Activation:
     return names[type(module)]
 
 
-def _box_head(model: nn.Module) -> dict[str, Tensor]:
+def _check_unpatched(kind: type[nn.Module]) -> None:
+    if not _is_theirs(kind):
+        raise StepAside(f"{kind.__name__}.forward was patched")
+
+
+def _box_head(model: Any) -> dict[str, Tensor]:
     """The parameters of `bbox_predictor` under "bbox_embed"; nothing else of the model is read."""
 
     def rename(name: str) -> str | None:
         head, _, rest = name.partition(".")
         return f"bbox_embed.{rest}" if head == "bbox_predictor" else None
 
-    return gather(model, _is_container, rename)
+    params = gather(model, _is_container, rename)
+    _check_unpatched(original.DabDetrMLP)
+    if original.inverse_sigmoid is not _INVERSE_SIGMOID:
+        raise StepAside("inverse_sigmoid was patched")
+    d = model.config.hidden_size
+    shapes = [tuple(x.shape) for name, x in params.items() if name.endswith(".weight")]
+    if sorted(shapes) != sorted([(d, d), (d, d), (4, d)]) or model.bbox_predictor.num_layers != 3:
+        raise StepAside(f"bbox_predictor is not three layers {d} wide with four outputs")
+    if model.query_dim != 4:
+        raise StepAside(f"query_dim is {model.query_dim}")
+    return params
 
 
 def _check_served(model: Any, encoder_outputs: Any, output_attentions: bool | None, return_dict: bool | None) -> None:
@@ -404,6 +462,13 @@ def _features(
     features, positions = model.backbone(pixel_values, pixel_mask)
     feature_map, mask = features[-1]
     return feature_map, mask.flatten(1), positions[-1].flatten(2).transpose(1, 2)
+
+
+def _makes_sines(backbone: Any) -> bool:
+    """Whether positions are half a function of y and half one of x, the same for all images that are not padded."""
+    return _is_known(backbone, original.DabDetrConvModel) and _is_known(
+        backbone.position_embedding, original.DabDetrSinePositionEmbedding
+    )
 
 
 def _is_all_valid(mask: Tensor) -> bool:

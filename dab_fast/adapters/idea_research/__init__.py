@@ -6,9 +6,6 @@ with random parameters must give on random queries what the fast forward gives. 
 
 from __future__ import annotations
 
-import functools
-import importlib
-
 from torch import nn
 
 from dab_fast.adapters._fast import Fast
@@ -68,12 +65,3 @@ def looks_like_decoder(module: nn.Module) -> bool:
         and len(layers) > 0
         and set(layers[0]._modules) >= _LAYER_MARKS
     )
-
-
-def __getattr__(name: str) -> type[Fast]:
-    """Unpickling finds a fast class here, by the path of its original."""
-    module, colon, path = name.replace("/", ".").partition(":")
-    if not colon:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    original = functools.reduce(getattr, path.split("."), importlib.import_module(module))
-    return fast_subclass(original)

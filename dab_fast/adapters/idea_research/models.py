@@ -6,13 +6,13 @@ import copy
 import dis
 import functools
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from dab_fast import reference
-from dab_fast._tracing import compiling
+from dab_fast._tracing import apart, compiling
 from dab_fast.adapters._fast import DropoutRates, FastDecoder
 from dab_fast.adapters._probe import Forward, seeded_randn
 from dab_fast.config import Activation, DecoderConfig
@@ -31,6 +31,7 @@ def read(decoder: nn.Module) -> tuple[dict[str, Tensor], DecoderConfig]:
     theirs: Any = decoder
     layers = theirs.layers
     first = layers[0]
+    _same("classes", {type(layer) for layer in layers})
     attentions = {type(first.self_attn), type(first.cross_attn)}
 
     def is_container(module: nn.Module) -> bool:
@@ -108,6 +109,8 @@ class FastTransformerDecoder(FastDecoder):
     """Mixed into a subclass of the user's own `TransformerDecoder`."""
 
     dab_fast_reads = frozenset(("dropout", "p"))
+    dab_fast_names: ClassVar[tuple[str, ...]]  # of the arguments of the original's forward, in its order
+    dab_fast_unread: ClassVar[frozenset[str]]  # those that it takes and never reads
 
     def dab_fast_read(self) -> tuple[dict[str, Tensor], DecoderConfig]:
         return read(self)
@@ -127,10 +130,11 @@ class FastTransformerDecoder(FastDecoder):
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """Those of `run`, in its order, by the names that the user's own forward has for them."""
-        names, unread = _signature(self.dab_fast_original.forward)
-        given = dict(zip(names, args, strict=False)) | kwargs
-        if unknown := [name for name in given if name not in _ARGUMENTS and name not in unread]:
-            raise StepAside(f"its forward reads {', '.join(unknown)}, which the original does not know")
+        if len(args) > len(self.dab_fast_names):
+            raise StepAside(f"its forward takes {len(args)} arguments by position, whose names are unknown")
+        given = dict(zip(self.dab_fast_names, args, strict=False)) | kwargs
+        if unknown := [name for name in given if name not in _ARGUMENTS and name not in self.dab_fast_unread]:
+            raise StepAside(f"the original takes no {', '.join(unknown)}")
         found = [given.get(name) for name in _ARGUMENTS]
         for name in ("tgt", "memory", "pos", "refpoints_unsigmoid"):
             if given.get(name) is None:
@@ -150,7 +154,6 @@ _ARGUMENTS = (
 )
 
 
-@functools.cache
 def _signature(forward: Any) -> tuple[tuple[str, ...], frozenset[str]]:
     """The names of the arguments of a forward, and those that it takes and never reads."""
     code = forward.__code__
@@ -189,12 +192,11 @@ def _check_masks(
 
 @functools.cache
 def fast_subclass(original: type[nn.Module]) -> type[FastDecoder]:
-    # `__qualname__` is what pickle looks up in this package, undotted since pickle walks dots; see `__getattr__`.
-    path = f"{original.__module__}:{original.__qualname__}".replace(".", "/")
+    names, unread = _signature(original.forward)
     body = {
         "dab_fast_original": original,
-        "__module__": __package__,
-        "__qualname__": path,
+        "dab_fast_names": names,
+        "dab_fast_unread": unread,
         "__doc__": f"{original.__module__}.{original.__qualname__} with the forward of dab_fast.",
     }
     return type(original.__name__, (FastTransformerDecoder, original), body)
@@ -219,7 +221,7 @@ def is_relu_mlp(module: nn.Module) -> bool:
     settings = frozenset((name, _hashable(x)) for name, x in vars(module).items() if not name.startswith("_"))
     key = (type(module), settings, len(layers))  # `training` is one of the settings
     if key not in _IS_RELU_MLP:
-        _IS_RELU_MLP[key] = _computes_relu_mlp(module)
+        _IS_RELU_MLP[key] = apart(lambda: _computes_relu_mlp(module))
     return _IS_RELU_MLP[key]
 
 
@@ -237,7 +239,10 @@ def _computes_relu_mlp(module: nn.Module) -> bool:
     twin = copy.copy(module)
     twin.__dict__ = vars(module) | {"_modules": {}}
     with torch.device("meta"):
-        twin.layers = nn.ModuleList(nn.Linear(x.in_features, x.out_features) for x in module.layers)  # type: ignore[union-attr]
+        twin.layers = nn.ModuleList(
+            nn.Linear(x.in_features, x.out_features, dtype=torch.float32)  # type: ignore[arg-type]
+            for x in module.layers  # type: ignore[union-attr]
+        )
     twin.to_empty(device="cpu")
     randn = seeded_randn()
     for parameter in twin.parameters():
@@ -255,7 +260,7 @@ def _computes_relu_mlp(module: nn.Module) -> bool:
 
 def _same(what: str, values: set[Any]) -> Any:
     if len(values) != 1:
-        raise StepAside(f"the layers' {what} differ: {sorted(values)}")
+        raise StepAside(f"the layers' {what} differ: {sorted(map(str, values))}")
     return values.pop()
 
 

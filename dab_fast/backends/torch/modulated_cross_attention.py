@@ -26,6 +26,9 @@ from dab_fast.precision import at_least_float32, autocast_off
 # The scores of which the backward holds three matrices at a time: on a CPU what its cache does, elsewhere a gigabyte.
 SCORES_AT_ONCE = {"cpu": 2**21, "gpu": 2**26}
 
+_ON_CUDA = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_VECTOR = 16  # float32 numbers in the widest vector of a CPU that PyTorch is compiled for
+
 # The flags that sdpa_kernel sets and puts back belong to the process; the replicas of DataParallel are threads.
 _FLAGS = threading.Lock()
 
@@ -90,25 +93,54 @@ def _forward(
 ) -> Tensor:  # [B, H, Q, d_v]
     """PyTorch's fused attention, with zeros where every key is hidden.
 
-    The CPU kernel wants v as wide as q and k: padding v there takes half the time of materialised scores (S = 4200:
-    17 ms against 33 ms on two cores). On CUDA the memory-efficient kernel takes unequal widths. Other devices have
-    kernels of their own, of which nothing is known: there the scores are materialised, in float32 at least.
+    On CUDA the memory-efficient kernel takes v of another width than q and k. Other devices have kernels of their own,
+    of which nothing is known: there the scores are materialised, in float32 at least, and on a CPU for few keys and
+    for v wider than they are.
     """
-    on_cpu, d_v = v.device.type == "cpu", v.shape[-1]
-    if on_cpu and d_v < q.shape[-1]:
-        v = F.pad(v, (0, q.shape[-1] - d_v))
-    if on_cpu or v.device.type == "cuda":
-        alone = nullcontext() if on_cpu or compiling() else _FLAGS
-        kernels = nullcontext() if on_cpu else sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
-        with alone, kernels:
+    device = v.device.type
+    if device == "cuda":
+        with nullcontext() if compiling() else _FLAGS, sdpa_kernel(_ON_CUDA):
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
+    elif device == "cpu" and exporting():  # the program that runs the graph has kernels of its own
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
+    elif device == "cpu" and q.numel() > 0 and k.shape[2] >= _VECTOR and v.shape[-1] <= q.shape[-1]:
+        attended = _fused_on_cpu(q, k, v, visible, scale)
     else:
         with autocast_off(v):
             wide_q, wide_k = at_least_float32(q) * scale, at_least_float32(k)
             attended = _weights(wide_q, wide_k, hidden).to(v.dtype) @ v
-    if blind is not None:
-        attended = attended.masked_fill(blind, 0)
-    return attended[..., :d_v]
+    return attended if blind is None else attended.masked_fill(blind, 0)
+
+
+def _fused_on_cpu(
+    q: Tensor,  # [B, H, Q, d]
+    k: Tensor,  # [B, H, S, d]
+    v: Tensor,  # [B, H, S, d_v]
+    visible: Tensor | None,  # as in `Merged`
+    scale: float,
+) -> Tensor:  # [B, H, Q, d_v]
+    """The kernel of `F.scaled_dot_product_attention` on a CPU, held to the specification where that is NaN.
+
+    It wants v as wide as q and k: padding v takes half the time of materialised scores (S = 4200: 17 ms against 33 ms
+    on two cores). As of torch 2.13 its row maximum passes over NaN in the last keys, those that fill no vector, and a
+    row whose maximum is then -inf becomes zeros: so there must be `_VECTOR` keys, and hidden ones get a finite bias, as
+    in the specification. In half precision its exp makes a number of NaN where a logit is infinite, but the log-sum-exp
+    is then not finite, and zero times it is NaN.
+    """
+    d_v = v.shape[-1]
+    if d_v < q.shape[-1]:
+        v = F.pad(v, (0, q.shape[-1] - d_v))
+    bias = None
+    if visible is not None:
+        bias = torch.zeros_like(visible, dtype=torch.float32)
+        bias.masked_fill_(~visible, torch.finfo(bias.dtype).min)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    attended, log_sum_exp = kernel(q, k, v, attn_mask=bias, scale=scale)
+    attended = attended[..., :d_v]
+    if attended.dtype in (torch.float16, torch.bfloat16):
+        attended += (0 * log_sum_exp).to(attended.dtype).unsqueeze(-1)
+    return attended
 
 
 class _Attention(torch.autograd.Function):
