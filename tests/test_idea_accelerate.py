@@ -293,15 +293,15 @@ def test_dropout_does_not_keep_a_decoder_from_being_recognised():
 
 
 def test_a_box_mlp_that_drops_only_in_training():
-    """Assigned after accelerate: each mode asks for itself."""
+    """Assigned after accelerate: what differs in training is not the original's in any mode."""
     theirs = oracle()
     ours = accelerated(theirs)
     ours.bbox_embed = DroppingMLP(D, D, D, 4)
     with torch.no_grad():
         ours.eval()(**inputs())
-        assert not ours.dab_fast_reasons
         ours.train()(**inputs())
-    assert ours.dab_fast_reasons == {"bbox_embed is a tests.test_idea_accelerate.DroppingMLP": 1}
+    assert all("bbox_embed is a tests.test_idea_accelerate.DroppingMLP" in reason for reason in ours.dab_fast_reasons)
+    assert ours.dab_fast_reasons.total() == 2
 
 
 class Scaling(second.TransformerDecoder):
@@ -335,7 +335,7 @@ def test_a_flag_that_changes_after_accelerate_steps_aside():
         decoder.double = True
         with torch.no_grad():
             torch.testing.assert_close(decoder(**inputs()), theirs(**inputs()), rtol=0, atol=0)
-        assert decoder.dab_fast_reasons == {"double was changed after accelerate": 1}
+        assert [reason.partition(",")[0] for reason in decoder.dab_fast_reasons] == ["double changed"]
         decoder.dab_fast_reasons.clear()
     del ours.double
     ours.train()(**inputs())

@@ -121,7 +121,7 @@ STRUCTURE = [
     Change("norm_without_affine", setting("layernorm", nn.LayerNorm(D, elementwise_affine=False)), "layernorm"),
     Change("norm_without_bias", setting("layers.1.mlp.final_layer_norm.bias", None), "final_layer_norm"),
     Change("linear_without_bias", setting("layers.1.mlp.fc1.bias", None), "fc1"),
-    Change("ffn_wider_in_one", wider_ffn, "mlp"),
+    Change("ffn_wider_in_one", wider_ffn, "layers.1"),
     Change("ffn_shared", shared_ffn, "mlp"),
     Change(
         "another_mask_convention", lambda d: setattr(d.config, "_attn_implementation", "sdpa"), "config", padded=True
@@ -313,7 +313,10 @@ def eps_1e_3(x, eps=1e-3, found=original.inverse_sigmoid):
     return found(x, 1e-3)
 
 
-def shorter_masks(*args, found=original.create_bidirectional_mask, **kwargs):
+CREATE_MASK = vars(original)["create_bidirectional_mask"]
+
+
+def shorter_masks(*args, found=CREATE_MASK, **kwargs):
     kwargs["attention_mask"] = kwargs["attention_mask"] & (torch.arange(kwargs["attention_mask"].shape[1]) > 0)
     return found(*args, **kwargs)
 
@@ -434,7 +437,9 @@ def test_a_usual_model_does_not_step_aside(change, when, padded):
 def test_variants_do_not_step_aside_in_training(variant):
     from tests.support.models import huggingface_model
 
-    model = huggingface_model(**{"dropout": 0.1, "attention_dropout": 0.1, **VARIANTS[variant]}).train()
+    with_dropout: dict[str, Any] = {"dropout": 0.1, "attention_dropout": 0.1}
+    variant_of: Any = VARIANTS[variant]
+    model = huggingface_model(**with_dropout, **variant_of).train()
     reasons = accelerate(model)
     assert math.isfinite(sum(x.sum() for x in run_model(model, True).values()))
     assert not reasons()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 
+from dab_fast.adapters import _probe
 from dab_fast.adapters.idea_research import models
 from tests.support.surgery import (
     accelerate,
@@ -31,7 +33,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "float64": lambda: default_dtype(torch.float64),
     "float16": lambda: default_dtype(torch.float16),
     "meta": lambda: torch.device("meta"),
@@ -73,4 +75,4 @@ def test_an_mlp_is_looked_at_anew_under_torchs_global_defaults(default):
 def forget() -> None:
     """What earlier tests found out."""
     models._IS_RELU_MLP.clear()
-    models.parameter_shapes.cache_clear()
+    _probe.parameter_shapes.cache_clear()

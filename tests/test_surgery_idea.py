@@ -376,7 +376,7 @@ def test_forks_with_the_same_maths_are_served(change):
     assert not reasons()
 
 
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "float64": lambda: _default(torch.set_default_dtype, torch.get_default_dtype(), torch.float64),
     "float16": lambda: _default(torch.set_default_dtype, torch.get_default_dtype(), torch.float16),
     "meta_device": lambda: torch.device("meta"),

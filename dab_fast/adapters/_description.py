@@ -69,8 +69,9 @@ class Code:
     """Which functions a tree's forwards are, and which they call by name."""
 
     def __init__(self, root: nn.Module, original: type[nn.Module]) -> None:
-        self.uses: dict[tuple[int, str], tuple[dict[str, Any] | Any, str, str, Any]] = {}
+        self.uses: dict[tuple[int, str], tuple[Any, str, str, Any, str]] = {}  # by whose namespace and name
         self._classes: set[type] = set()
+        self._package = "torch"  # of the class whose forward uses what is noted
         self._add_class(original)
         self.add(root)
         for name in _IN_PYTORCH:
@@ -84,21 +85,24 @@ class Code:
 
     def changed(self) -> str | None:
         """The name of a function, or of a class's attribute, that is another one now."""
-        for holder, name, shown, x in self.uses.values():
+        for holder, name, shown, x, _ in self.uses.values():
             if holder.get(name, _ABSENT) is not x:
                 return shown
         return None
 
     def foreign(self, root: nn.Module, original: type[nn.Module]) -> str | None:
-        """The name of a forward, or of a function it calls, that is not from the package of its class."""
-        for kind in {original, *(type(module) for module in root.modules() if module is not root)}:
-            for name in ("forward", "__call__"):
-                function = getattr(kind, name)
-                if not is_from(function, {"torch", kind.__module__.partition(".")[0]}):
-                    return f"{kind.__name__}.{name}"
+        """The name of a forward, or of a function it calls, that is not from the packages of the classes here.
+
+        A class of another package, such as an adapter's, is not looked at: no fast forward reads it.
+        """
         packages = {"torch", original.__module__.partition(".")[0]}
-        for _, _, shown, x in self.uses.values():
-            if isinstance(x, types.FunctionType) and not is_from(x, packages):
+        for kind in {original, *(type(module) for module in root.modules() if module is not root)}:
+            if kind.__module__.partition(".")[0] in packages:
+                for name in ("forward", "__call__"):
+                    if not is_from(getattr(kind, name), packages):
+                        return f"{kind.__name__}.{name}"
+        for _, _, shown, x, package in self.uses.values():
+            if package in packages and isinstance(x, types.FunctionType) and not is_from(x, packages):
                 return shown
         return None
 
@@ -109,27 +113,34 @@ class Code:
         return type(None), ()  # whoever unpickles a decoder finds it at its first call
 
     def _note(self, holder: Any, name: str, shown: str, x: Any) -> None:
-        self.uses.setdefault((id(holder), name), (holder, name, shown, x))
+        self.uses.setdefault((id(holder), name), (holder, name, shown, x, self._package))
 
     def _add_class(self, kind: type) -> None:
         if kind in self._classes:
             return
         self._classes.add(kind)
-        for base in kind.__mro__:
-            if base is object:
-                break
-            own, in_torch = vars(base), base.__module__.startswith("torch.")
+        self._package = kind.__module__.partition(".")[0]
+        read: set[str] = set()
+        for base in kind.__mro__[:-1]:
             for name in ("forward", "__call__"):  # that it has none is a fact, too
-                self._note(own, name, f"{base.__name__}.{name}", own.get(name, _ABSENT))
-            if in_torch:
-                continue
-            self._add_function(own.get("forward"))
-            for name, x in own.items():
-                if not name.startswith("__") and _constant(x):
-                    self._note(own, name, f"{base.__name__}.{name}", x)
+                self._note(vars(base), name, f"{base.__name__}.{name}", vars(base).get(name, _ABSENT))
+            if not base.__module__.startswith("torch."):
+                read |= self._add_function(vars(base).get("forward"))
+        todo = sorted(read)
+        while todo:  # the attributes of the class that a forward reads, such as a method it calls
+            name = todo.pop()
+            for base in kind.__mro__[:-1]:
+                x = vars(base).get(name, _ABSENT)
+                if not base.__module__.startswith("torch.") and _constant(x):
+                    self._note(vars(base), name, f"{base.__name__}.{name}", x)
+                    new = self._add_function(x) - read
+                    read |= new
+                    todo += new
 
-    def _add_function(self, function: Any) -> None:
+    def _add_function(self, function: Any) -> set[str]:
+        """Notes what a function calls by name in its own file; returns every name that it reads."""
         seen: set[int] = set()
+        names: set[str] = set()
         todo = [function]
         while todo:
             f = todo.pop()
@@ -138,12 +149,14 @@ class Code:
             seen.add(id(f))
             todo += [cell.cell_contents for cell in f.__closure__ or () if _filled(cell)]
             todo.append(getattr(f, "__wrapped__", None))
+            names.update(f.__code__.co_names)
             for name in f.__code__.co_names:
                 x = f.__globals__.get(name, _ABSENT)
-                if isinstance(x, types.FunctionType) or (x is not _ABSENT and type(x) in _SCALARS):
+                if _constant(x):
                     self._note(f.__globals__, name, name, x)
                     if isinstance(x, types.FunctionType) and x.__globals__ is f.__globals__:
                         todo.append(x)
+        return names
 
 
 def _constant(x: Any) -> bool:
@@ -200,7 +213,7 @@ class Watch:
         for module, kind, own, size, get, found in self._modules:
             if type(module) is not kind or len(own) != size or get(own) != found:
                 return None
-        params = {}
+        params: dict[str, Tensor] = {}
         for name, holder, key, x in self._params:
             if holder.get(key) is not x:
                 return None

@@ -29,6 +29,13 @@ class DropoutRates(NamedTuple):
     activation_dropout: float = 0.0
 
 
+def same(what: str, values: set[Any]) -> Any:
+    """The one value that all layers have. Raises StepAside."""
+    if len(values) != 1:
+        raise StepAside(f"the layers' {what} differ: {sorted(map(str, values))}")
+    return values.pop()
+
+
 class Reasons(Counter[str]):
     """Reason to number of calls. The replicas of DataParallel share it; a deepcopy starts at nothing."""
 
@@ -57,7 +64,7 @@ class Fast(nn.Module):
                 original.__qualname__,
                 original.__module__,
             )
-            cls.forward = _while_active(cls.forward, original)  # type: ignore[method-assign]
+            cls.forward = _while_active(cls.forward, original)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """What is built through an accelerated instance's class is the original's; `accelerate` takes it as any."""

@@ -6,12 +6,13 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dab_fast.config import DecoderConfig
+from dab_fast.decoder import DabDecoder
 from dab_fast.parameters import StepAside
 
 # Rounding stays below 1e-4; a temperature, a feature order, an eps or an activation that is not ours exceeds 1e-2.
@@ -20,20 +21,10 @@ _TOLERANCE = 1e-3
 _GRADIENT_TOLERANCE, _NEGLIGIBLE = 1e-2, 1e-3
 
 
-class Forward(Protocol):
-    """A decoder's forward, batch first: [hidden states [L, B, Q, D], reference points [L or 1, B, Q, query_dim]]."""
-
-    def __call__(
-        self,
-        decoder: nn.Module,
-        content: Tensor,  # [B, Q, D]
-        memory: Tensor,  # [B, S, D]
-        pos: Tensor,  # [B, S, D]
-        anchors_unsigmoid: Tensor,  # [B, Q, query_dim]
-        *,
-        memory_key_padding_mask: Tensor | None,  # bool [B, S], True = padded
-        tgt_mask: Tensor | None,  # bool [Q, Q], True = hidden; None where the codebase has no such mask
-    ) -> list[Tensor]: ...
+# A decoder's forward, batch first: of the decoder, content [B, Q, D], memory and pos [B, S, D], anchors before the
+# sigmoid [B, Q, query_dim], and by name `memory_key_padding_mask`, bool [B, S], and `tgt_mask`, bool [Q, Q], or None.
+# Gives hidden states [L, B, Q, D] and reference points [L or 1, B, Q, query_dim].
+Forward = Callable[..., list[Tensor]]
 
 
 def probe(decoder: nn.Module, config: DecoderConfig, original: Forward, fast: Forward, *, tgt_mask: bool) -> None:
@@ -52,6 +43,34 @@ def probe(decoder: nn.Module, config: DecoderConfig, original: Forward, fast: Fo
                 decoder.train(training).requires_grad_(grad)
                 given, masks = _random_inputs(config, randn, grad, tgt_mask)
                 _compare(decoder, original, fast, given, masks, " in training" if training else "")
+
+
+def check_parameters(params: dict[str, Tensor], config: DecoderConfig) -> None:
+    """Raise StepAside unless the parameters are those of the decoder that `config` describes."""
+    if unknown := params.keys() - parameter_shapes(config).keys() - _unused(params, config):
+        raise StepAside(f"the original has no {', '.join(sorted(unknown))}")
+    for name, shape in parameter_shapes(config).items():
+        if name not in params or tuple(params[name].shape) != shape:
+            got = list(params[name].shape) if name in params else "nothing"
+            raise StepAside(f"{name} must have shape {list(shape)}, got {got}")
+
+
+@functools.cache
+def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter of a decoder of this codebase."""
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in DabDecoder(config).named_parameters()}
+
+
+def _unused(params: dict[str, Tensor], config: DecoderConfig) -> set[str]:
+    """Parameters that the original has and does not read."""
+    heads = {f"bbox_embed.{layer}" for layer in range(config.num_layers)}
+    return {
+        name
+        for name in params
+        if (name.startswith("bbox_embed.") and name.split(".layers.")[0] not in heads)
+        or (not config.keep_query_pos and ".ca_qpos_proj." in name)
+    }
 
 
 @contextlib.contextmanager

@@ -17,8 +17,8 @@ from transformers.models.dab_detr import modeling_dab_detr as original
 from dab_fast import reference
 from dab_fast._tracing import compiling
 from dab_fast.adapters._description import Code, is_from
-from dab_fast.adapters._fast import DropoutRates, Fast, FastDecoder
-from dab_fast.adapters._probe import Forward, probe
+from dab_fast.adapters._fast import DropoutRates, Fast, FastDecoder, same
+from dab_fast.adapters._probe import Forward, check_parameters, probe
 from dab_fast.adapters.huggingface import INVERSE_SIGMOID_EPS, canonical_name
 from dab_fast.config import Activation, DecoderConfig
 from dab_fast.decoder import decode, predict_boxes
@@ -131,10 +131,11 @@ def why_not(module: nn.Module) -> str | None:
         if (name := Code(module, type(module)).foreign(module, type(module))) is not None:
             return f"{name} is patched"
         try:
-            _, config = read(module)
+            params, config = read(module)
         except StepAside:
             return None  # a call steps aside until what keeps it away has gone
         try:
+            check_parameters(params, config)
             probe(module, config, original_forward, fast_forward, tgt_mask=False)
         except StepAside as reason:
             return str(reason)
@@ -142,7 +143,7 @@ def why_not(module: nn.Module) -> str | None:
 
 
 # The forwards as their file has them; None where it was patched before.
-_FORWARDS = {
+_FORWARDS: dict[type[nn.Module], Any] = {
     kind: kind.forward if is_from(kind.forward, {"transformers"}) else None
     for kind in (
         original.DabDetrDecoder,
@@ -178,8 +179,8 @@ def _is_unhooked(module: nn.Module) -> bool:
 def read(decoder: Any) -> tuple[dict[str, Tensor], DecoderConfig]:
     """The parameters of a decoder of theirs, and which decoder it is. Raises StepAside where it cannot be read."""
     params = gather(decoder, _is_container, canonical_name)
-    if not len(decoder.layers):
-        raise StepAside("layers is empty")
+    if len(decoder.layers) != decoder.num_layers or not len(decoder.layers):
+        raise StepAside(f"num_layers is {decoder.num_layers}, and there are {len(decoder.layers)} layers")
     first: Any = decoder.layers[0]
     try:
         config = DecoderConfig(
@@ -188,15 +189,22 @@ def read(decoder: Any) -> tuple[dict[str, Tensor], DecoderConfig]:
             num_layers=len(decoder.layers),
             dim_feedforward=first.mlp.fc1.out_features,
             query_dim=decoder.config.query_dim,
-            keep_query_pos=bool(first.cross_attn.keep_query_pos),
+            keep_query_pos=same(
+                "keep_query_pos", {bool(x.cross_attn.keep_query_pos) for x in decoder.layers[1:]} or {False}
+            ),
             bbox_embed=None if decoder.bbox_embed is None else "shared",
-            activation=_activation(first.mlp.activation_fn),
+            activation=same("activations", {_activation(layer.mlp.activation_fn) for layer in decoder.layers}),
             inverse_sigmoid_eps=INVERSE_SIGMOID_EPS,
             **_dropout_rates(decoder.layers)._asdict(),
         )
     except (AttributeError, ValueError) as error:
         raise StepAside(str(error)) from None
     return params, config
+
+
+def _keeps_query_pos(layers: Any) -> set[bool]:
+    """Of all layers but the first, which reads the query position in any case."""
+    return {bool(layer.cross_attn.keep_query_pos) for layer in layers[1:]} or {False}
 
 
 def settings(decoder: Any) -> dict[str, Any]:
@@ -213,17 +221,11 @@ def fast_forward(decoder: nn.Module, *tensors: Tensor, **masks: Tensor | None) -
 
 
 def original_forward(
-    decoder: Any,
-    content: Tensor,
-    memory: Tensor,
-    pos: Tensor,
-    anchors: Tensor,
-    *,
-    memory_key_padding_mask: Tensor | None,
-    tgt_mask: None,
+    decoder: Any, content: Tensor, memory: Tensor, pos: Tensor, anchors: Tensor, **masks: Tensor | None
 ) -> list[Tensor]:
     """As `_probe.Forward`; hooks are not called."""
-    mask = None if memory_key_padding_mask is None else ~memory_key_padding_mask
+    padded = masks["memory_key_padding_mask"]
+    mask = None if padded is None else ~padded
     out = original.DabDetrDecoder.forward(decoder, content, memory, mask, pos, anchors, False, False, True)
     return [out.intermediate_hidden_states, out.reference_points]
 
@@ -390,10 +392,7 @@ def _dropout_rates(layers: Any) -> DropoutRates:
         ("attention_dropout", attentions),
         ("activation_dropout", [layer.mlp for layer in layers]),
     ):
-        rates = {getattr(module, name) if module.training else 0.0 for module in modules}
-        if len(rates) > 1:
-            raise StepAside(f"the layers' {name} rates in force differ: {sorted(rates)}")
-        found.append(rates.pop())
+        found.append(same(f"{name} rates", {getattr(x, name) if x.training else 0.0 for x in modules}))
     return DropoutRates(*found)
 
 

@@ -9,16 +9,14 @@ from __future__ import annotations
 from torch import nn
 
 from dab_fast.adapters._fast import Fast
-from dab_fast.adapters._probe import probe
+from dab_fast.adapters._probe import check_parameters, probe
 from dab_fast.adapters.idea_research.dropin import TransformerDecoder
 from dab_fast.adapters.idea_research.models import (
     INVERSE_SIGMOID_EPS,
     fast_forward,
     fast_subclass,
     original_forward,
-    parameter_shapes,
     read,
-    unused,
 )
 from dab_fast.decoder import DabDecoder
 from dab_fast.parameters import StepAside
@@ -44,13 +42,7 @@ def why_not(module: nn.Module) -> str | None:
         if "forward" in vars(module):
             raise StepAside("its forward is patched")
         params, config = read(module)
-        unknown = set(params) - set(parameter_shapes(config)) - unused(params, config)
-        if unknown:
-            raise StepAside(f"the original has no {', '.join(sorted(unknown))}")
-        for name, shape in parameter_shapes(config).items():
-            if name not in params or tuple(params[name].shape) != shape:
-                got = list(params[name].shape) if name in params else "nothing"
-                raise StepAside(f"{name} must have shape {list(shape)}, got {got}")
+        check_parameters(params, config)
         probe(module, config, original_forward, fast_forward, tgt_mask=True)
     except StepAside as reason:
         return f"{type(module).__module__}.{type(module).__qualname__}: {reason}"

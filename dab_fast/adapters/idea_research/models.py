@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from dab_fast import reference
 from dab_fast._tracing import apart, compiling
-from dab_fast.adapters._fast import DropoutRates, FastDecoder
+from dab_fast.adapters._fast import DropoutRates, FastDecoder, same
 from dab_fast.adapters._probe import Forward, seeded_randn
 from dab_fast.config import Activation, DecoderConfig
-from dab_fast.decoder import DabDecoder, decode
+from dab_fast.decoder import decode
 from dab_fast.parameters import StepAside, gather
 
 INVERSE_SIGMOID_EPS = 1e-3
@@ -31,7 +31,7 @@ def read(decoder: nn.Module) -> tuple[dict[str, Tensor], DecoderConfig]:
     theirs: Any = decoder
     layers = theirs.layers
     first = layers[0]
-    _same("classes", {type(layer) for layer in layers})
+    same("classes", {type(layer) for layer in layers})
     attentions = {type(first.self_attn), type(first.cross_attn)}
 
     def is_container(module: nn.Module) -> bool:
@@ -44,15 +44,15 @@ def read(decoder: nn.Module) -> tuple[dict[str, Tensor], DecoderConfig]:
         rates = _dropout_rates(layers)
         config = DecoderConfig(
             d_model=theirs.norm.normalized_shape[0],
-            nhead=_same("numbers of heads", {n for layer in layers for n in _numbers_of_heads(layer)}),
+            nhead=same("numbers of heads", {n for layer in layers for n in _numbers_of_heads(layer)}),
             num_layers=len(layers),
             dim_feedforward=first.linear1.out_features,
             query_dim=theirs.query_dim,
             query_scale_type=theirs.query_scale_type,
             modulate_hw_attn=bool(theirs.modulate_hw_attn),
-            keep_query_pos=_same("keep_query_pos", {bool(layer.keep_query_pos) for layer in layers}),
+            keep_query_pos=same("keep_query_pos", {bool(layer.keep_query_pos) for layer in layers}),
             bbox_embed=_bbox_embed(decoder),
-            activation=_same("activations", {_activation(layer.activation) for layer in layers}),
+            activation=same("activations", {_activation(layer.activation) for layer in layers}),
             inverse_sigmoid_eps=INVERSE_SIGMOID_EPS,
             **rates._asdict(),
         )
@@ -202,13 +202,6 @@ def fast_subclass(original: type[nn.Module]) -> type[FastDecoder]:
     return type(original.__name__, (FastTransformerDecoder, original), body)
 
 
-@functools.cache
-def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter of a decoder of this codebase."""
-    with torch.device("meta"):
-        return {name: tuple(p.shape) for name, p in DabDecoder(config).named_parameters()}
-
-
 def is_relu_mlp(module: nn.Module) -> bool:
     """Whether `module` is, whatever its class, linear layers in `layers` with a relu between."""
     layers = module._modules.get("layers")
@@ -240,7 +233,7 @@ def _computes_relu_mlp(module: nn.Module) -> bool:
     twin.__dict__ = vars(module) | {"_modules": {}}
     with torch.device("meta"):
         twin.layers = nn.ModuleList(
-            nn.Linear(x.in_features, x.out_features, dtype=torch.float32)  # type: ignore[arg-type]
+            nn.Linear(x.in_features, x.out_features, dtype=torch.float32)
             for x in module.layers  # type: ignore[union-attr]
         )
     twin.to_empty(device="cpu")
@@ -258,12 +251,6 @@ def _computes_relu_mlp(module: nn.Module) -> bool:
         return False
 
 
-def _same(what: str, values: set[Any]) -> Any:
-    if len(values) != 1:
-        raise StepAside(f"the layers' {what} differ: {sorted(map(str, values))}")
-    return values.pop()
-
-
 def _numbers_of_heads(layer: Any) -> set[int]:
     return {layer.nhead, layer.self_attn.num_heads, layer.cross_attn.num_heads}
 
@@ -271,9 +258,9 @@ def _numbers_of_heads(layer: Any) -> set[int]:
 def _dropout_rates(layers: Any) -> DropoutRates:
     """The rates in force: none where a module that drops is not in training."""
     return DropoutRates(
-        _same("dropout rates", {_rate(d, d.p) for x in layers for d in (x.dropout1, x.dropout2, x.dropout3)}),
-        _same("attention dropout rates", {_rate(a, a.dropout) for x in layers for a in (x.self_attn, x.cross_attn)}),
-        _same("FFN dropout rates", {_rate(x.dropout, x.dropout.p) for x in layers}),
+        same("dropout rates", {_rate(d, d.p) for x in layers for d in (x.dropout1, x.dropout2, x.dropout3)}),
+        same("attention dropout rates", {_rate(a, a.dropout) for x in layers for a in (x.self_attn, x.cross_attn)}),
+        same("FFN dropout rates", {_rate(x.dropout, x.dropout.p) for x in layers}),
     )
 
 
@@ -305,14 +292,3 @@ def _bbox_embed(decoder: Any) -> Any:
     if len(mlps) < (len(decoder.layers) if is_list else 1) or any(len(mlp.layers) != 3 for mlp in mlps):
         raise StepAside("bbox_embed must have three linear layers, and an MLP per decoder layer if it is a list")
     return "per_layer" if is_list else "shared"
-
-
-def unused(params: dict[str, Tensor], config: DecoderConfig) -> set[str]:
-    """Parameters that the original has and does not read."""
-    heads = {f"bbox_embed.{layer}" for layer in range(config.num_layers)}
-    return {
-        name
-        for name in params
-        if (name.startswith("bbox_embed.") and name.split(".layers.")[0] not in heads)
-        or (not config.keep_query_pos and ".ca_qpos_proj." in name)
-    }
