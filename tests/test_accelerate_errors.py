@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import dab_fast
-from tests.support.idea_models import BOX_TOLERANCE, HIDDEN_TOLERANCE, B, H, Q, S, accelerated, inputs, oracle
+from dab_fast.accuracy import BOX_TOLERANCE, HIDDEN_TOLERANCE
+from tests.support.idea_models import B, H, Q, S, accelerated, inputs, oracle
 from tests.support.models import accelerated_copy, huggingface_model, images
 
 

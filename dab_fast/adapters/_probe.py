@@ -10,14 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dab_fast.accuracy import PROBE_TOLERANCE
 from dab_fast.config import DecoderConfig
 from dab_fast.parameters import StepAside
 
 Run = Callable[..., list[Tensor]]  # the fast forward of a decoder and its arguments: hidden states, reference points
 Read = Callable[[nn.Module], tuple[dict[str, Tensor], DecoderConfig]]  # the parameters of a decoder, and which it is
-
-# Rounding stays below 1e-4; a temperature, a feature order, an eps or an activation that is not ours exceeds 1e-2.
-_TOLERANCE = 1e-3
 
 
 @torch.no_grad()
@@ -69,7 +67,7 @@ def _compare(decoder: nn.Module, run: Run, given: dict[str, Any], when: str) -> 
         if got.shape != expected.shape:
             raise StepAside(f"its {name} have shape {list(got.shape)}{when}, not {list(expected.shape)}")
         difference = (got - expected).abs().max().item()
-        if not difference <= _TOLERANCE:
+        if not difference <= PROBE_TOLERANCE:
             raise StepAside(f"its {name} are not what the original computes{when}: they differ by {difference:.1e}")
 
 
