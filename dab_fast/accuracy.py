@@ -20,6 +20,10 @@ RATIO = 2.0
 # are random, so that the term is off by some sqrt(16) u. Errors of terms add as their squares do.
 TERM_ROUNDINGS = 4.0
 
+# Where forward keeps a result in its dtype, backward reads it rounded. In a single element that rounding and the one of
+# the stored gradient may add up; over a norm they do not.
+ELEMENT_ROUNDINGS = 2
+
 # In attention the gradient of a score holds dP - D, a difference of two sums over d_v whose terms are of size one and
 # which with a single key cancels to nothing: in units of the largest result, at least of 1, a few roundings of these
 # sums; in half precision, one of the stored result and of D's.
@@ -65,6 +69,7 @@ def floor(
     size: float,  # of the exact result: its largest element or its norm
     terms: float | None = None,  # the same of the root of its terms' squares; None: of sums that do not cancel
     *,
+    roundings: int = 1,  # of the dtype of the result, each by u
     truncated: bool = False,  # a result in bfloat16 is cut off and not rounded, as Triton's interpreter stores it
 ) -> float:
     """What rounding leaves of an op computed in float32, or float64: that of the stored result, and that of its terms.
@@ -73,8 +78,7 @@ def floor(
     """
     computed = torch.float64 if dtype == torch.float64 else torch.float32
     stored, term = (torch.finfo(x).eps / 2 for x in (dtype, computed))
-    if truncated and dtype == torch.bfloat16:
-        stored *= 2
+    stored *= roundings * (2 if truncated and dtype == torch.bfloat16 else 1)
     rounded = 2 if dtype == torch.float64 else 1
     return rounded * (stored * size + TERM_ROUNDINGS * term * (size if terms is None else terms))
 
@@ -222,11 +226,11 @@ def errors(
 
 def _error(actual: Tensor, exact: Tensor, own: Tensor, terms: Tensor | None, truncated: bool) -> Error:
     found = []
-    for size in (_largest, _norm):
+    for size, roundings in ((_largest, ELEMENT_ROUNDINGS), (_norm, 1)):
         ours, plain = (size(x.double() - exact) for x in (actual, own))
         unit = size(exact)
         of_terms = None if terms is None else size(terms)
-        limit = allowed(plain, floor(actual.dtype, unit, of_terms, truncated=truncated))
+        limit = allowed(plain, floor(actual.dtype, unit, of_terms, roundings=roundings, truncated=truncated))
         found.append(Error(ours / unit, limit / unit) if unit else Error(ours, limit))
     return max(found, key=lambda error: error.badness)
 

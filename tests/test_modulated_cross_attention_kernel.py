@@ -96,8 +96,8 @@ class Problem:
         arguments = (*self.inputs.values(), self.key_padding_mask, self.attn_mask, rng)
         out, stats, *wide = forward(*arguments, case.scale, dropout_p, True, case.config)
         needs = [x is not None for x in self.inputs.values()]
-        configs = (case.config, case.config)
-        gradients = backward(self.d_out, *arguments, *wide or [out], stats, case.scale, dropout_p, needs, *configs)
+        configs = {"query_config": case.config, "key_config": case.config}
+        gradients = backward(self.d_out, *arguments, *wide or [out], stats, case.scale, dropout_p, needs, **configs)
         results = {"out": out, "lse": log_sum_exp(stats, case.scale)}
         names = [name for name, need in zip(NAMES, needs, strict=True) if need]
         return results | {f"d_{name}": g for name, g in zip(names, gradients, strict=True)}
