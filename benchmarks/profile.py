@@ -13,14 +13,14 @@ import torch
 from torch.profiler import DeviceType, ProfilerActivity, profile
 
 from dab_fast.bench import rows
-from dab_fast.bench.cases import Case
+from dab_fast.bench.cases import BenchmarkCase
 from dab_fast.bench.providers import Provider
 from dab_fast.bench.workloads import ONE_IMAGE, PAPER, TINY, Shape
 
 NAME_WIDTH = 90
 
 
-def kernels(case: Case, device: torch.device, provider: Provider) -> dict[str, tuple[int, float]]:
+def kernels(case: BenchmarkCase, device: torch.device, provider: Provider) -> dict[str, tuple[int, float]]:
     """{kernel: (times, microseconds)} of one warm forward; on a CPU of operators."""
     prepared = provider.build(case.workload(device))
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
@@ -44,7 +44,7 @@ def kernels(case: Case, device: torch.device, provider: Provider) -> dict[str, t
     return found
 
 
-def report(case: Case, device: torch.device, limit: int) -> str:
+def report(case: BenchmarkCase, device: torch.device, limit: int) -> str:
     lines = [f"{case} on {rows.device_name(device)}"]
     work = case.workload(device)
     for provider in case.providers():
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     shape, size = (Shape(1, 9, 5, 7), TINY) if args.tiny else (ONE_IMAGE, PAPER)
     dtype = "bf16" if device.type == "cuda" else "fp32"
     for kind in ("decoder", "model") if args.model else ("decoder",):
-        print(report(Case(kind, "inference", shape, dtype, size), device, args.rows), flush=True)
+        print(report(BenchmarkCase(kind, "inference", shape, dtype, size), device, args.rows), flush=True)
 
 
 if __name__ == "__main__":

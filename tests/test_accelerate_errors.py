@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 import dab_fast
-from tests.support.idea_models import BOX_TOLERANCE, HIDDEN_TOLERANCE, B, H, Q, S, accelerated, inputs, oracle
+from dab_fast.accuracy import BOX_TOLERANCE, HIDDEN_TOLERANCE
+from dab_fast.adapters.idea_research.models import FastTransformerDecoder
+from tests.support.idea_models import B, H, Q, S, accelerated, inputs, oracle
 from tests.support.models import accelerated_copy, huggingface_model, images
 
 
@@ -56,7 +58,7 @@ def test_a_compiled_model_is_compiled_anew():
         dab_fast.accelerate(compiled)
         got = compiled(**inputs())
     assert len(graphs) > before
-    assert isinstance(model, dab_fast.adapters.idea_research.models.FastTransformerDecoder)
+    assert isinstance(model, FastTransformerDecoder)
     torch.testing.assert_close(got[1], expected[1], rtol=0, atol=BOX_TOLERANCE)
 
 

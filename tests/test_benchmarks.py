@@ -18,7 +18,7 @@ from benchmarks import counts, predict
 from dab_fast import ops
 from dab_fast.bench import bench, hardware, rows
 from dab_fast.bench import cases as cases_
-from dab_fast.bench.cases import Case, cases, measure_case
+from dab_fast.bench.cases import BenchmarkCase, cases, measure_case
 from dab_fast.bench.counting import METRICS, decoder_counts
 from dab_fast.bench.predict import decoder_stages, floor_ms, floor_seconds
 from dab_fast.bench.providers import PROVIDERS
@@ -106,19 +106,19 @@ def test_every_part_of_the_key_makes_another_row(tmp_path, column):
 
 
 def test_accuracy_gate():
-    assert rows.accurate(1e-6, 1e-6, "fp32")
-    assert rows.accurate(2e-3, 1e-3, "fp32")
-    assert not rows.accurate(2.1e-3, 1e-3, "fp32")
-    assert not rows.accurate(None, 1e-3, "fp32")
-    assert not rows.accurate(1e-6, None, "fp32")
-    assert not rows.accurate(float("nan"), 1e-3, "fp32")
+    assert cases_.accurate(1e-6, 1e-6, "fp32")
+    assert cases_.accurate(2e-3, 1e-3, "fp32")
+    assert not cases_.accurate(2.1e-3, 1e-3, "fp32")
+    assert not cases_.accurate(None, 1e-3, "fp32")
+    assert not cases_.accurate(1e-6, None, "fp32")
+    assert not cases_.accurate(float("nan"), 1e-3, "fp32")
 
 
 def test_a_wrong_provider_gets_no_speedup(monkeypatch):
     def wrong(*args, **kwargs):
         return 1.001 * original(*args, **kwargs)
 
-    case = Case("modulated_cross_attention", "forward", SMALL, size=TINY, without=("compile",))
+    case = BenchmarkCase("modulated_cross_attention", "forward", SMALL, size=TINY, without=("compile",))
     original = ops.modulated_cross_attention
     monkeypatch.setattr(ops, "modulated_cross_attention", wrong)
     result = measure_case(case, CPU, rounds=2)
@@ -151,7 +151,7 @@ def test_a_wrong_gradient_gets_no_speedup(monkeypatch):
 
     original = ops.refine_boxes
     monkeypatch.setattr(ops, "refine_boxes", lambda hidden, *args, **kw: original(Wrong.apply(hidden), *args, **kw))
-    result = measure_case(Case("refine_boxes", "both", SMALL, size=TINY, without=("compile",)), CPU, rounds=1)
+    result = measure_case(BenchmarkCase("refine_boxes", "both", SMALL, size=TINY, without=("compile",)), CPU, rounds=1)
     by_name = {r["provider"]: r for r in result.rows}
     assert not by_name["torch"]["accurate"] and by_name["eager"]["accurate"]
 
@@ -165,7 +165,7 @@ def test_the_gate_of_gradients():
         gradients = {name: (g * (1 + wrong.get(name, 1e-7))).float() for name, g in truth.items()}
         return cases_._errors(decoder, (output, gradients), (output, truth))
 
-    decoder, op = Case("decoder", "training"), Case("modulated_cross_attention", "both")
+    decoder, op = BenchmarkCase("decoder", "training"), BenchmarkCase("modulated_cross_attention", "both")
     right, flip = found(), found(a=5e-3)
     assert flip["worst_error"] > 4e-3 and flip["error"] < 1e-6
     assert cases_._accurate(decoder, flip, right) and cases_._accurate(decoder, right, flip)
@@ -182,13 +182,15 @@ def test_a_failing_provider_ends_no_other(monkeypatch):
         raise RuntimeError("no")
 
     monkeypatch.setattr(ops, "refine_boxes", fail)
-    result = measure_case(Case("refine_boxes", "forward", SMALL, size=TINY, without=("compile",)), CPU, rounds=1)
+    result = measure_case(
+        BenchmarkCase("refine_boxes", "forward", SMALL, size=TINY, without=("compile",)), CPU, rounds=1
+    )
     assert [r["provider"] for r in result.rows] == ["eager"]
     assert str(result.failed["torch"]) == "no"
 
 
 def test_times_of_the_interpreter_are_not_taken():
-    case = Case("box_position_embed", "forward", SMALL, size=TINY, without=("compile",))
+    case = BenchmarkCase("box_position_embed", "forward", SMALL, size=TINY, without=("compile",))
     result = measure_case(case, CPU, rounds=1)
     triton = next(r for r in result.rows if r["provider"] == "triton")
     assert triton["accurate"] and triton["kernel_launches"] == 1
@@ -394,7 +396,7 @@ def test_table_shows_the_newest_rows(tmp_path, capsys):
 @pytest.mark.parametrize("queries, size, allowed", [(300, PAPER, 1.02e-2), (900, PAPER, 5.9e-3), (18, TINY, 8.3e-2)])
 def test_the_gate_allows_for_one_unit_of_relu_among_so_many(queries, size, allowed):
     """Twice one term among width * queries / 2."""
-    case = Case("decoder", "training", Shape(queries=queries), size=size)
+    case = BenchmarkCase("decoder", "training", Shape(queries=queries), size=size)
     peer = {"error": 1e-6, "worst_error": 1e-6}
     assert cases_._accurate(case, peer | {"worst_error": 0.99 * allowed}, peer)
     assert not cases_._accurate(case, peer | {"worst_error": 1.01 * allowed}, peer)

@@ -11,8 +11,8 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dab_fast import ops, precision
+from dab_fast.accuracy import outputs_and_gradients
 from dab_fast.backends.native._extension import extension_problem
-from tests.support.accuracy import run
 
 FLOAT16_MAX = torch.finfo(torch.float16).max
 NATIVE = pytest.mark.skipif(bool(extension_problem()), reason=extension_problem())
@@ -74,8 +74,10 @@ def refined_without_mlp(boxes: Tensor, eps: float) -> Tensor:
 def check_boxes(eps: float, passes: bool, device: str) -> None:
     boxes = around(0, 1, eps, 1 - eps, device=device)[:, None].repeat(1, 4)
     cotangent = [torch.rand(len(boxes), 4, device=device) + 0.5]
-    ours = run(lambda boxes: refined_without_mlp(boxes, eps), {"boxes": boxes}, cotangent)
-    expected = run(lambda boxes: inverse_sigmoid(boxes, eps, passes).sigmoid(), {"boxes": boxes}, cotangent)
+    ours = outputs_and_gradients(lambda boxes: refined_without_mlp(boxes, eps), {"boxes": boxes}, cotangent)
+    expected = outputs_and_gradients(
+        lambda boxes: inverse_sigmoid(boxes, eps, passes).sigmoid(), {"boxes": boxes}, cotangent
+    )
     # d sigmoid is y (1 - y), and y, which is off by a rounding of log and one of its own, may be as near to 1 as eps.
     torch.testing.assert_close(ours["d_boxes"], expected["d_boxes"], rtol=4 * 2**-24 / eps, atol=0)
 
@@ -91,12 +93,14 @@ def check_saturation(passes: bool, device: str) -> None:
     scale = values[:, None].repeat(1, 4)
     boxes = torch.zeros(len(scale), 2, device=device)
     cotangent = torch.rand(len(scale), 4, device=device).half()
-    ours = run(
+    ours = outputs_and_gradients(
         lambda scale: ops.box_position_embed(boxes, scale, num_feats=2, dtype=torch.float16)[1],
         {"scale": scale},
         [cotangent],
     )
-    of_ones = run(lambda x: clamp(x, -FLOAT16_MAX, FLOAT16_MAX, passes), {"x": scale}, [torch.ones_like(scale)])
+    of_ones = outputs_and_gradients(
+        lambda x: clamp(x, -FLOAT16_MAX, FLOAT16_MAX, passes), {"x": scale}, [torch.ones_like(scale)]
+    )
     expected = of_ones["d_x"] * cotangent.float()
     assert torch.equal(ours["d_scale"][:, 1::2], expected[:, 1::2])
 
@@ -174,6 +178,6 @@ def test_the_first_question_may_come_from_compiled_code(device):
     precision.clamp_passes_at_bounds.cache_clear()
     boxes = torch.tensor([[0.0, 1.0, 2**-10, 1 - 2**-10]], device=device)
     function = torch.compile(lambda boxes: refined_without_mlp(boxes, 2**-10), backend="aot_eager", fullgraph=True)
-    gradients = run(function, {"boxes": boxes}, [torch.ones(1, 4, device=device)])
+    gradients = outputs_and_gradients(function, {"boxes": boxes}, [torch.ones(1, 4, device=device)])
     assert gradients["d_boxes"].isfinite().all()
     assert precision.clamp_passes_at_bounds.cache_info().misses == 1

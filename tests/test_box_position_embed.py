@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from dab_fast import ops, reference
-from tests.support.accuracy import assert_accurate, run
+from dab_fast.accuracy import outputs_and_gradients
+from tests.support.accuracy import assert_accurate, assert_as_specified
 
 
 @dataclass(frozen=True)
-class Case:
+class EmbeddingCase:
     lead: tuple[int, ...] = (2, 7)
     coords: int = 4
     scale: str | None = "element"  # "row": one number per box; "feature": one row for all boxes; "number"
@@ -28,7 +29,7 @@ class Case:
     layout: str = "dense"
 
     def __str__(self) -> str:
-        default = Case()
+        default = EmbeddingCase()
         return "-".join(f"{k}={v}" for k, v in vars(self).items() if v != getattr(default, k)) or "plain"
 
     def inputs(self) -> dict[str, Tensor | None]:
@@ -70,34 +71,43 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
     return x
 
 
-def check(case: Case) -> None:
+def check(case: EmbeddingCase) -> None:
     inputs, cotangents = case.inputs(), case.cotangents()
     with ops.backend("triton"):
-        actual = run(case.call(ops.box_position_embed), inputs, cotangents)
-    exact = run(case.call(reference.box_position_embed, torch.float64), inputs, cotangents, torch.float64)
-    own = run(case.call(reference.box_position_embed), inputs, cotangents)
-    assert_accurate(actual, exact, own)
+        actual = outputs_and_gradients(case.call(ops.box_position_embed), inputs, cotangents)
+    in_float64 = case.call(reference.box_position_embed, torch.float64)
+    assert_as_specified(
+        actual,
+        case.call(reference.box_position_embed),
+        inputs,
+        cotangents,
+        in_float64=in_float64,
+        interpreted=inputs["boxes"].device.type == "cpu",
+    )
 
 
 HALVES = (torch.float16, torch.bfloat16)
 CASES = [
-    Case(),
-    *(Case(lead=(q,)) for q in (0, 1, 37)),
-    Case(lead=(2, 300), num_feats=128),
-    Case(lead=(0, 7)),
-    Case(lead=()),
-    Case(lead=(2, 3, 5)),
-    Case(lead=(), scale="row", modulate=False, coords=2),
-    *(Case(scale=s, modulate=m) for s, m in itertools.product(("row", "feature", "number", None), (True, False))),
-    Case(scale="feature", lead=(301,), num_feats=32),
-    *(Case(coords=2, scale=s, modulate=False) for s in ("element", None)),
-    *(Case(num_feats=f, lead=(37,)) for f in (2, 6, 22, 128)),
-    Case(order="xywh"),
-    Case(order="xywh", coords=2, modulate=False),
-    Case(temperature=20.0),
-    *(Case(layout=layout) for layout in ("permuted", "sliced", "columns")),
-    *(Case(dtype=dtype, scale=s) for dtype, s in itertools.product(HALVES, ("element", "row", "feature"))),
-    *(Case(dtype=dtype, box_dtype=dtype, layout="sliced") for dtype in HALVES),
+    EmbeddingCase(),
+    *(EmbeddingCase(lead=(q,)) for q in (0, 1, 37)),
+    EmbeddingCase(lead=(2, 300), num_feats=128),
+    EmbeddingCase(lead=(0, 7)),
+    EmbeddingCase(lead=()),
+    EmbeddingCase(lead=(2, 3, 5)),
+    EmbeddingCase(lead=(), scale="row", modulate=False, coords=2),
+    *(
+        EmbeddingCase(scale=s, modulate=m)
+        for s, m in itertools.product(("row", "feature", "number", None), (True, False))
+    ),
+    EmbeddingCase(scale="feature", lead=(301,), num_feats=32),
+    *(EmbeddingCase(coords=2, scale=s, modulate=False) for s in ("element", None)),
+    *(EmbeddingCase(num_feats=f, lead=(37,)) for f in (2, 6, 22, 128)),
+    EmbeddingCase(order="xywh"),
+    EmbeddingCase(order="xywh", coords=2, modulate=False),
+    EmbeddingCase(temperature=20.0),
+    *(EmbeddingCase(layout=layout) for layout in ("permuted", "sliced", "columns")),
+    *(EmbeddingCase(dtype=dtype, scale=s) for dtype, s in itertools.product(HALVES, ("element", "row", "feature"))),
+    *(EmbeddingCase(dtype=dtype, box_dtype=dtype, layout="sliced") for dtype in HALVES),
 ]
 
 
@@ -108,7 +118,7 @@ def test_forward_and_gradients(case):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", (torch.float32, *HALVES))
-@pytest.mark.parametrize("case", [*CASES, Case(lead=(32, 300), num_feats=128)], ids=str)
+@pytest.mark.parametrize("case", [*CASES, EmbeddingCase(lead=(32, 300), num_feats=128)], ids=str)
 def test_forward_and_gradients_on_a_gpu(case, dtype):
     with torch.device("cuda"):
         check(replace(case, dtype=dtype))
@@ -121,19 +131,19 @@ def test_forward_and_gradients_on_a_gpu(case, dtype):
 def test_forward_and_gradients_over_the_matrix(queries, scale, dtype):
     variants = itertools.cycle(itertools.product((4, 2), ("yxwh", "xywh"), (10, 128)))
     for layout, (coords, order, feats) in zip(("dense", "permuted", "sliced", "columns") * 2, variants, strict=False):
-        check(Case((2, queries), coords, scale, coords == 4, feats, 20.0, order, dtype, layout=layout))
+        check(EmbeddingCase((2, queries), coords, scale, coords == 4, feats, 20.0, order, dtype, layout=layout))
 
 
 def test_large_call():
     """More rows per program than a small call gives it."""
-    check(Case(lead=(2500,), num_feats=4))
+    check(EmbeddingCase(lead=(2500,), num_feats=4))
 
 
 @pytest.mark.parametrize("needed", [n for r in (1, 2) for n in itertools.combinations(range(3), r)], ids=str)
 @pytest.mark.parametrize("used", (0, 1))
 def test_only_what_is_needed(needed, used):
     """Any subset of the inputs' gradients, from either result alone."""
-    case = Case()
+    case = EmbeddingCase()
     inputs, cotangent = case.inputs(), case.cotangents()[used]
 
     def gradients(function, dtype):
@@ -154,11 +164,11 @@ def test_only_what_is_needed(needed, used):
 
 
 def test_directional_finite_difference():
-    case = Case()
+    case = EmbeddingCase()
     inputs, cotangents = case.inputs(), case.cotangents()
     step = 1e-3
     with ops.backend("triton"):
-        gradients = run(case.call(ops.box_position_embed), inputs, cotangents)
+        gradients = outputs_and_gradients(case.call(ops.box_position_embed), inputs, cotangents)
         for name, x in inputs.items():
             direction = torch.randn_like(x)
             moved = [
@@ -178,10 +188,10 @@ def test_directional_finite_difference():
 
 
 def test_same_bits_in_every_run():
-    case = Case(lead=(2, 301), scale="feature", num_feats=32)
+    case = EmbeddingCase(lead=(2, 301), scale="feature", num_feats=32)
     inputs, cotangents = case.inputs(), case.cotangents()
     with ops.backend("triton"):
-        first, second = (run(case.call(ops.box_position_embed), inputs, cotangents) for _ in range(2))
+        first, second = (outputs_and_gradients(case.call(ops.box_position_embed), inputs, cotangents) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -190,7 +200,7 @@ def test_tiny_and_out_of_range_boxes(dtype):
     """Half precision is finite where float32 is; coordinates a little outside (0, 1) are coordinates too."""
     boxes = torch.tensor([[0.3, 0.6, 1e-6, 1e-7], [-0.2, 1.2, 1e-5, 1.3], [0.0, 1.0, 1.0, 1e-8]])
     logits, scale = torch.tensor([8.0, 9.0]).expand(3, 2).to(dtype), torch.randn(3, 32).to(dtype)
-    call = Case(dtype=dtype).call
+    call = EmbeddingCase(dtype=dtype).call
     with ops.backend("triton"):
         actual = call(ops.box_position_embed)(boxes, scale, logits)
     own = call(reference.box_position_embed)(boxes, scale, logits)
@@ -204,7 +214,7 @@ def test_tiny_and_out_of_range_boxes(dtype):
 def test_what_is_saturated_has_no_gradient():
     boxes = torch.tensor([[0.3, 0.6, 1e-6, 1e-7]])
     scale, logits = torch.randn(1, 32).half(), torch.tensor([[2.0, 3.0]]).half()
-    case = Case(dtype=torch.float16)
+    case = EmbeddingCase(dtype=torch.float16)
     gradients = []
     for backend in ("torch", "triton"):
         leaves = [x.clone().requires_grad_() for x in (boxes, scale, logits)]
@@ -232,9 +242,9 @@ def test_sine_embed(coords, order):
     cotangent = [torch.randn(3, 5, coords * 6)]
     inputs = {"coordinates": x}
     with ops.backend("triton"):
-        actual = run(lambda x: ops.sine_embed(x, 6, 20.0, order), inputs, cotangent)
+        actual = outputs_and_gradients(lambda x: ops.sine_embed(x, 6, 20.0, order), inputs, cotangent)
     own, exact = (
-        run(lambda x: reference.sine_embed(x, 6, 20.0, order), inputs, cotangent, dtype)
+        outputs_and_gradients(lambda x: reference.sine_embed(x, 6, 20.0, order), inputs, cotangent, dtype=dtype)
         for dtype in (None, torch.float64)
     )
     assert_accurate(actual, exact, own)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 import dab_fast
 from dab_fast import DabDecoder, load_checkpoint
-from tests.support.idea_models import BOX_TOLERANCE, HIDDEN_TOLERANCE, VARIANTS, D, H, L, drop_in, inputs, oracle
+from dab_fast.accuracy import BOX_TOLERANCE, HIDDEN_TOLERANCE
+from tests.support.idea_models import VARIANTS, D, H, L, drop_in, inputs, oracle
 from tests.support.idea_second_model import Model
 from tests.support.models import accelerated_copy, huggingface_model, images, perturb_
 

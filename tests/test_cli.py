@@ -15,10 +15,11 @@ from transformers import ResNetConfig
 from typer.testing import CliRunner
 
 import dab_fast
-from dab_fast import DabDecoder, load_checkpoint, measure, validation
+from dab_fast import DabDecoder, accuracy, load_checkpoint, measure, validation
 from dab_fast.cli import demo
 from dab_fast.cli.inputs import InputError
 from dab_fast.cli.main import app
+from dab_fast.ops._examples import examples
 from tests.support.idea_second_model import Model
 from tests.support.models import huggingface_model, perturb_
 
@@ -67,7 +68,7 @@ def test_demo_json_is_one_object_on_stdout(checkpoint, photo, tmp_path):
     result = invoke("demo", photo, "--checkpoint", checkpoint, "--json", "--output", tmp_path / "out.png")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
-    assert 0 <= found["max_box_difference_px"] <= demo.ALLOWED_PX
+    assert 0 <= found["max_box_difference_px"] <= accuracy.DEMO_BOX_PX
     assert found["passed"] and found["failures"] == [] and found["stepped_aside"] == {}
     assert found["size"] == [240, 160] and found["tokens"] == 5 * 8
     assert found["aten_calls"]["accelerated"] < found["aten_calls"]["original"]
@@ -96,7 +97,7 @@ def test_demo_in_half_precision(checkpoint, photo, tmp_path, dtype):
     found = json.loads(result.stdout)
     assert result.exit_code == 0, found["failures"]
     assert found["dtype"] == dtype and "autocast" in found["compared"]
-    assert found["allowed_box_difference_px"] > demo.ALLOWED_PX
+    assert found["allowed_box_difference_px"] > accuracy.DEMO_BOX_PX
 
 
 @pytest.mark.parametrize(
@@ -320,13 +321,13 @@ def test_selftest_can_fail(monkeypatch, op, wrong):
         def backward(ctx, gradient):
             return gradient * (1 + 1e-4 * (wrong == "gradient"))
 
-    case = next(case for case in validation.cases() if case.op == op)
+    example = next(x for x in examples() if x.op == op)
 
     def broken(**inputs):
-        result = case.call(**inputs)
+        result = example.call(**inputs)
         return Wrong.apply(result) if isinstance(result, torch.Tensor) else (Wrong.apply(result[0]), *result[1:])
 
-    monkeypatch.setattr(validation, "cases", lambda: [dataclasses.replace(case, call=broken)])
+    monkeypatch.setattr(validation, "examples", lambda: [dataclasses.replace(example, call=broken)])
     result = invoke("selftest", "--device", "cpu")
     assert result.exit_code == 1 and "FAIL" in result.stdout
 
@@ -337,15 +338,15 @@ def test_selftest_sees_a_wrong_decoder(monkeypatch):
             hidden_states, reference_points = super().forward(*args, **kwargs)
             return hidden_states * 1.0001, reference_points
 
-    monkeypatch.setattr(validation, "cases", list)
+    monkeypatch.setattr(validation, "examples", list)
     monkeypatch.setattr(validation, "DabDecoder", Wrong)
     result = invoke("selftest", "--device", "cpu")
     assert result.exit_code == 1 and "FAIL  decoder" in result.stdout
 
 
 def test_selftest_sees_a_backend_that_did_not_run(monkeypatch):
-    case = next(case for case in validation.cases() if case.op == "refine_boxes")
-    monkeypatch.setattr(validation, "cases", lambda: [dataclasses.replace(case, call=case.specification)])
+    example = next(x for x in examples() if x.op == "refine_boxes")
+    monkeypatch.setattr(validation, "examples", lambda: [dataclasses.replace(example, call=example.specification)])
     result = invoke("selftest", "--device", "cpu")
     assert result.exit_code == 1
     assert any(line.startswith("FAIL") and "triton" in line for line in result.stdout.splitlines())
@@ -382,4 +383,4 @@ def test_full_size(wreck, code, tmp_path):
     assert result.returncode == code, result.stderr
     found = json.loads(result.stdout)
     assert found["passed"] == (code == 0) and found["size"] == [1200, 800] and found["tokens"] == 950
-    assert (found["max_box_difference_px"] <= demo.ALLOWED_PX) == (code == 0)
+    assert (found["max_box_difference_px"] <= accuracy.DEMO_BOX_PX) == (code == 0)

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from dab_fast import ops, reference
+from dab_fast.accuracy import outputs_and_gradients, root_of_squares
 from dab_fast.backends.native import _call
-from tests.test_native import Tail, assert_as_good, results_and_gradients, root_of_squares, some_boxes, tail
+from tests.support.accuracy import assert_accurate
+from tests.test_native import Tail, numbered, some_boxes, tail
 
 ORDERS = (0, -1, 7)  # upwards, downwards, shuffled
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -20,18 +22,17 @@ def check(emulation, function, specification, make_inputs, rows, shapes):
     """Accurate, and the same bits whatever the order in which threads and blocks run."""
     draws = []
     for draw in range(max(1, 16 // rows)):  # the error of a few numbers is chance
-        inputs = make_inputs()
+        inputs = numbered(make_inputs())
         d_results = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
         runs = []
         for order in ORDERS[: None if draw == 0 else 1]:
             with emulation.instead_of_cpu(order):
-                runs.append(results_and_gradients(function, inputs, d_results))
+                runs.append(outputs_and_gradients(function, inputs, d_results))
         for run in runs[1:]:
-            assert all(map(torch.equal, runs[0], run))
-        doubles = [x if x is None else x.double() for x in inputs]
-        theirs, exact = (results_and_gradients(specification, x, d_results) for x in (inputs, doubles))
-        draws.append((runs[0], theirs, exact, root_of_squares(specification, doubles, d_results)))
-    assert_as_good(*([torch.cat(x) for x in zip(*results, strict=True)] for results in zip(*draws, strict=True)))
+            assert all(torch.equal(x, run[name]) for name, x in runs[0].items())
+        own, exact = (outputs_and_gradients(specification, inputs, d_results, dtype=x) for x in (None, torch.float64))
+        draws.append((runs[0], exact, own, root_of_squares(specification, inputs, d_results)))
+    assert_accurate(*({name: torch.cat([x[name] for x in xs]) for name in xs[0]} for xs in zip(*draws, strict=True)))
 
 
 def check_embedding(emulation, rows, feats, n, kind, dtype):

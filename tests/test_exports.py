@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from dab_fast import DabDecoder
+from dab_fast.accuracy import BOX_TOLERANCE, HIDDEN_TOLERANCE
 from tests.support import idea_models
-from tests.support.models import BOX_TOLERANCE, HIDDEN_TOLERANCE, accelerated_copy, huggingface_model, images
+from tests.support.models import accelerated_copy, huggingface_model, images
 from tests.test_decoder import arguments, decoder
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")

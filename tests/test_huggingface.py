@@ -12,9 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DabDetrForObjectDetection
 
 import dab_fast
+from dab_fast.accuracy import BOX_TOLERANCE, HIDDEN_TOLERANCE
 from tests.support.models import (
-    BOX_TOLERANCE,
-    HIDDEN_TOLERANCE,
     accelerated_copy,
     assert_same_gradients,
     assert_same_outputs,

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import dab_fast
+from dab_fast.accuracy import BOX_TOLERANCE
 from tests.support import idea_second_writing as second
 from tests.support.idea_models import (
-    BOX_TOLERANCE,
     D,
     Gelu,
     L,

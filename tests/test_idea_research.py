@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from dab_fast import idea_research, reference
+from dab_fast.accuracy import HIDDEN_TOLERANCE
 from dab_fast.adapters.idea_research import models
 from tests.support import idea_second_writing as second
 from tests.support.idea_models import (
-    HIDDEN_TOLERANCE,
     MASKS,
     VARIANTS,
     B,

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dab_fast import ops, reference
+from dab_fast import accuracy, ops, reference
 from dab_fast.backends.torch.modulated_cross_attention import _blocks
 
 NAMES = ("q_content", "q_pos", "k_content", "k_pos", "v")
@@ -84,13 +84,9 @@ def test_plain_backward_in_several_blocks(masks):
         torch.testing.assert_close(got, want, rtol=0, atol=2e-5 * want.abs().max().item())  # sums of 1050 numbers
 
 
-# Of the whole tensor. In float32 the logits of both are rounded to about 1e-5, not alike; in float16 a result is, once.
-ALLOWANCE = {torch.float32: 2e-5, torch.float16: 2**-12}
-
-
 @DEVICES
 @pytest.mark.parametrize("backend", ("torch", "triton"))
-@pytest.mark.parametrize("dtype", ALLOWANCE)
+@pytest.mark.parametrize("dtype", accuracy.SHARP_FLOOR)
 def test_sharp_attention_is_as_accurate_as_any(dtype, backend, device):
     """Logits of some hundreds, nearly one key per query: what cancels would show a rounding in between."""
     tensors = inputs(S=65, d=32, dtype=dtype, device=device)
@@ -100,8 +96,8 @@ def test_sharp_attention_is_as_accurate_as_any(dtype, backend, device):
     with ops.backend(backend):
         actual = results(ops.modulated_cross_attention, tensors)
     for name, got, theirs, truth in zip(("out", *NAMES), actual, own, exact, strict=True):
-        error, allowed = (got - truth).norm() / truth.norm(), 2 * (theirs - truth).norm() / truth.norm()
-        assert error <= allowed + ALLOWANCE[dtype], name
+        error, own_error = ((x - truth).norm() / truth.norm() for x in (got, theirs))
+        assert error <= accuracy.allowed(own_error, accuracy.SHARP_FLOOR[dtype]), name
 
 
 @pytest.mark.parametrize("backend", ("torch", "triton"))

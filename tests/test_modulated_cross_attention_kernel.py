@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dab_fast import accuracy
 from dab_fast.backends.triton.configs import AttentionConfig, key_splits
 from dab_fast.backends.triton.modulated_cross_attention import addressable, backward, forward
 
@@ -14,13 +15,9 @@ NAMES = ("q_content", "q_pos", "k_content", "k_pos", "v")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# What is left where PyTorch's own error vanishes, in units of the largest result. In half precision, one rounding; in
-# fp32, a few of the sums over d_v in dP - D, which with one key cancels to nothing: there, of the other results.
-FLOOR = {torch.float32: 16 * 2**-23, torch.float16: 2**-10, torch.bfloat16: 2**-7}
-
 
 @dataclass(frozen=True)
-class Case:
+class AttentionCase:
     B: int = 2
     Q: int = 37
     S: int = 65
@@ -37,7 +34,7 @@ class Case:
     device: str = "cpu"
 
     def __str__(self) -> str:
-        default = Case()
+        default = AttentionCase()
         return "-".join(f"{k}={v}" for k, v in vars(self).items() if v != getattr(default, k)) or "plain"
 
     @property
@@ -71,7 +68,7 @@ class Problem:
     d_out: Tensor
 
     @classmethod
-    def random(cls, case: Case) -> "Problem":
+    def random(cls, case: AttentionCase) -> "Problem":
         def draw(*shape: int) -> Tensor:
             return laid_out(torch.randn(shape, device=case.device).to(case.dtype), case.layout)
 
@@ -95,7 +92,7 @@ class Problem:
             hidden[..., Q // 2, :] = True  # one query sees nothing
         return cls(inputs, padding, hidden, draw(B, Q, H, case.d_v))
 
-    def run(self, case: Case, dropout_p: float = 0.0, rng: Tensor | None = None) -> dict[str, Tensor]:
+    def run(self, case: AttentionCase, dropout_p: float = 0.0, rng: Tensor | None = None) -> dict[str, Tensor]:
         arguments = (*self.inputs.values(), self.key_padding_mask, self.attn_mask, rng)
         out, stats, *wide = forward(*arguments, case.scale, dropout_p, True, case.config)
         needs = [x is not None for x in self.inputs.values()]
@@ -106,7 +103,7 @@ class Problem:
         names = [name for name, need in zip(NAMES, needs, strict=True) if need]
         return results | {f"d_{name}": g for name, g in zip(names, gradients, strict=True)}
 
-    def expected(self, case: Case, dtype: torch.dtype, weights: Tensor | float = 1.0) -> dict[str, Tensor]:
+    def expected(self, case: AttentionCase, dtype: torch.dtype, weights: Tensor | float = 1.0) -> dict[str, Tensor]:
         """The plain writing and PyTorch's own gradients in `dtype`; `weights` stands for dropout, [B, H, Q, S]."""
         x = {k: None if t is None else t.detach().to(dtype).requires_grad_() for k, t in self.inputs.items()}
         logits = torch.einsum("bqhd,bshd->bhqs", x["q_content"], x["k_content"])
@@ -132,7 +129,7 @@ class Problem:
         return results | {f"d_{k}": g for k, g in zip(leaves, gradients, strict=True)}
 
 
-def assert_accurate(actual: dict[str, Tensor], problem: Problem, case: Case) -> None:
+def assert_accurate(actual: dict[str, Tensor], problem: Problem, case: AttentionCase) -> None:
     """At most twice PyTorch's own error in the dtype, and a floor."""
     exact, pytorch = problem.expected(case, torch.float64), problem.expected(case, case.dtype)
     assert actual.keys() == exact.keys()
@@ -148,11 +145,11 @@ def assert_accurate(actual: dict[str, Tensor], problem: Problem, case: Case) -> 
         error = (got.double() - reference)[finite].abs().max().item()
         own = (pytorch[name].double() - reference)[finite].abs().max().item()
         unit = max(1.0, largest[name] if largest[name] > 1e-12 else max(largest.values()))
-        allowed = 2 * own + FLOOR[case.dtype] * unit
+        allowed = accuracy.allowed(own, accuracy.ATTENTION_FLOOR[case.dtype] * unit)
         assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}, PyTorch's own {own:.2e}"
 
 
-def check(case: Case) -> None:
+def check(case: AttentionCase) -> None:
     problem = Problem.random(case)
     assert_accurate(problem.run(case), problem, case)
 
@@ -161,26 +158,26 @@ SMALL = AttentionConfig(block_q=16, block_s=16, num_warps=4, num_stages=2)
 HALVES = DTYPES[1:]
 
 CASES = [
-    Case(),
-    *(Case(Q=q, S=64) for q in (1, 7, 64, 65)),
-    *(Case(S=s, Q=7) for s in (1, 63, 64, 192)),
-    *(Case(d=w, d_pos=w, d_v=w, Q=7) for w in (16, 64)),
-    Case(d=24, d_pos=40, d_v=20, Q=7),
-    *(Case(dtype=dtype, padding="ragged") for dtype in HALVES),
-    *(Case(dtype=dtype, Q=7, S=1) for dtype in HALVES),
-    Case(d_pos=None),
-    Case(d_pos=None, hidden=3, Q=65),
-    Case(padding="ragged", S=192),
-    Case(padding="all"),
-    Case(hidden=2),
-    Case(hidden=3, padding="all"),
-    Case(shared_k_pos=True, padding="ragged", B=3),
-    Case(shared_k_pos=True, dtype=torch.float16, B=3),
-    Case(shared_k_pos=True, B=1, Q=7),
-    *(Case(layout=layout, padding="ragged") for layout in ("slices", "permuted", "columns")),
-    Case(config=SMALL, padding="ragged", hidden=2, S=40),
-    *(Case(config=replace(SMALL, splits=n), S=100, Q=20) for n in (2, 3, 7, 50)),
-    Case(config=replace(SMALL, splits=3), S=100, Q=20, padding="all", hidden=3, dtype=torch.float16),
+    AttentionCase(),
+    *(AttentionCase(Q=q, S=64) for q in (1, 7, 64, 65)),
+    *(AttentionCase(S=s, Q=7) for s in (1, 63, 64, 192)),
+    *(AttentionCase(d=w, d_pos=w, d_v=w, Q=7) for w in (16, 64)),
+    AttentionCase(d=24, d_pos=40, d_v=20, Q=7),
+    *(AttentionCase(dtype=dtype, padding="ragged") for dtype in HALVES),
+    *(AttentionCase(dtype=dtype, Q=7, S=1) for dtype in HALVES),
+    AttentionCase(d_pos=None),
+    AttentionCase(d_pos=None, hidden=3, Q=65),
+    AttentionCase(padding="ragged", S=192),
+    AttentionCase(padding="all"),
+    AttentionCase(hidden=2),
+    AttentionCase(hidden=3, padding="all"),
+    AttentionCase(shared_k_pos=True, padding="ragged", B=3),
+    AttentionCase(shared_k_pos=True, dtype=torch.float16, B=3),
+    AttentionCase(shared_k_pos=True, B=1, Q=7),
+    *(AttentionCase(layout=layout, padding="ragged") for layout in ("slices", "permuted", "columns")),
+    AttentionCase(config=SMALL, padding="ragged", hidden=2, S=40),
+    *(AttentionCase(config=replace(SMALL, splits=n), S=100, Q=20) for n in (2, 3, 7, 50)),
+    AttentionCase(config=replace(SMALL, splits=3), S=100, Q=20, padding="all", hidden=3, dtype=torch.float16),
 ]
 
 
@@ -191,7 +188,9 @@ def test_forward_and_gradients(case):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", [*CASES, Case(Q=300, S=1050, H=8), Case(Q=300, S=1050, H=8, padding="all")], ids=str)
+@pytest.mark.parametrize(
+    "case", [*CASES, AttentionCase(Q=300, S=1050, H=8), AttentionCase(Q=300, S=1050, H=8, padding="all")], ids=str
+)
 def test_forward_and_gradients_on_a_gpu(case, dtype, fp32_precision):
     check(replace(case, dtype=dtype, device="cuda"))
 
@@ -202,8 +201,8 @@ def test_forward_and_gradients_on_a_gpu(case, dtype, fp32_precision):
 @pytest.mark.parametrize("S", (1, 63, 64, 65, 192, 1050))
 @pytest.mark.parametrize("Q", (1, 7, 37, 300, 301))
 def test_forward_and_gradients_over_the_matrix(Q, S, dtype, padding):
-    check(Case(Q=Q, S=S, H=1, dtype=dtype, padding=padding, shared_k_pos=Q == 37))
-    check(Case(Q=Q, S=S, H=2, B=1, dtype=dtype, padding=padding, d_pos=None))
+    check(AttentionCase(Q=Q, S=S, H=1, dtype=dtype, padding=padding, shared_k_pos=Q == 37))
+    check(AttentionCase(Q=Q, S=S, H=2, B=1, dtype=dtype, padding=padding, d_pos=None))
 
 
 @pytest.mark.sweep
@@ -212,14 +211,14 @@ def test_forward_and_gradients_over_the_matrix(Q, S, dtype, padding):
 @pytest.mark.parametrize("width", (16, 32, 64))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_forward_and_gradients_over_widths_masks_and_strides(dtype, width, hidden, layout):
-    case = Case(d=width, d_pos=width, d_v=width, Q=70, S=130, dtype=dtype, hidden=hidden, layout=layout)
+    case = AttentionCase(d=width, d_pos=width, d_v=width, Q=70, S=130, dtype=dtype, hidden=hidden, layout=layout)
     check(replace(case, padding="ragged"))
     check(replace(case, config=replace(SMALL, splits=4)))
 
 
 @pytest.mark.parametrize("sizes", ({"B": 0}, {"Q": 0}, {"S": 0}), ids=str)
 def test_nothing_to_do(sizes):
-    case = Case(**sizes)
+    case = AttentionCase(**sizes)
     results = Problem.random(case).run(case)
     shape = (case.B, case.Q, case.H)
     assert results["out"].shape == (*shape, case.d_v)
@@ -231,7 +230,7 @@ def test_nothing_to_do(sizes):
 
 
 def test_a_row_without_a_visible_key_is_zero_and_has_no_gradient():
-    case = Case(padding="all", hidden=2)
+    case = AttentionCase(padding="all", hidden=2)
     problem = Problem.random(case)
     results = problem.run(case)
     blind = case.Q // 2
@@ -243,7 +242,7 @@ def test_a_row_without_a_visible_key_is_zero_and_has_no_gradient():
 
 
 def test_padded_keys_are_not_read_into_any_result():
-    case = Case(padding="ragged", S=200)
+    case = AttentionCase(padding="ragged", S=200)
     problem = Problem.random(case)
     before = problem.run(case)
     for name in ("k_content", "k_pos", "v"):
@@ -254,7 +253,7 @@ def test_padded_keys_are_not_read_into_any_result():
 
 
 def test_reruns_are_bit_identical():
-    case = Case(config=replace(SMALL, splits=3), Q=20, dtype=torch.float16, shared_k_pos=True)
+    case = AttentionCase(config=replace(SMALL, splits=3), Q=20, dtype=torch.float16, shared_k_pos=True)
     problem = Problem.random(case)
     first, second = problem.run(case), problem.run(case)
     for name, x in first.items():
@@ -263,7 +262,7 @@ def test_reruns_are_bit_identical():
 
 @pytest.mark.parametrize("wanted", NAMES)
 def test_one_gradient_alone_is_the_same(wanted):
-    case = Case(Q=20, S=40, padding="ragged", shared_k_pos=True)
+    case = AttentionCase(Q=20, S=40, padding="ragged", shared_k_pos=True)
     problem = Problem.random(case)
     every = problem.run(case)
     arguments = (*problem.inputs.values(), problem.key_padding_mask, None, None)
@@ -286,7 +285,7 @@ def test_what_the_kernels_cannot_address_is_copied():
 
 
 def test_incoming_gradient_of_any_strides():
-    case = Case(Q=20, S=40)
+    case = AttentionCase(Q=20, S=40)
     problem = Problem.random(case)
     dense = problem.run(case)
     for layout in ("slices", "permuted", "columns"):
@@ -298,11 +297,11 @@ def test_incoming_gradient_of_any_strides():
 
 
 # With v the identity, out is the matrix of weights itself: dropout can be read off.
-DROPOUT = Case(Q=100, S=64, d_v=64)
+DROPOUT = AttentionCase(Q=100, S=64, d_v=64)
 P = 0.3
 
 
-def dropped_weights(problem: Problem, case: Case, rng: Tensor, dropout_p: float = P) -> Tensor:  # [B, H, Q, S]
+def dropped_weights(problem: Problem, case: AttentionCase, rng: Tensor, dropout_p: float = P) -> Tensor:  # [B, H, Q, S]
     """R of the kernels: 0 or 1 / (1 - p), from the ratio of the weights with and without dropout."""
     eye = torch.eye(case.S).expand(case.B, case.H, -1, -1).transpose(1, 2).to(case.dtype)
     probe = replace(problem, inputs={**problem.inputs, "v": eye})
@@ -342,7 +341,7 @@ def test_seeds_and_offsets_give_independent_masks():
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
 def test_dropout_has_the_same_mask_in_backward_whatever_the_tiles(dtype):
-    case = Case(Q=20, S=64, d_v=32, dtype=dtype)
+    case = AttentionCase(Q=20, S=64, d_v=32, dtype=dtype)
     problem = Problem.random(case)
     rng = torch.tensor([7, 3])
     kept = dropped_weights(problem, replace(case, d_v=case.S), rng)
@@ -351,12 +350,12 @@ def test_dropout_has_the_same_mask_in_backward_whatever_the_tiles(dtype):
     for config in (None, AttentionConfig(16, 32, 4, 2, splits=2)):
         for name, got in problem.run(replace(case, config=config), P, rng).items():
             # As without dropout; the weights that are kept are 1 / (1 - p) larger.
-            bound = 2 * FLOOR[dtype] * max(1.0, exact[name].abs().max())
+            bound = 2 * accuracy.ATTENTION_FLOOR[dtype] * max(1.0, exact[name].abs().max())
             assert (got.double() - exact[name]).abs().max() < bound, (config, name)
 
 
 def test_dropout_of_everything():
-    case = Case(Q=7, S=20)
+    case = AttentionCase(Q=7, S=20)
     problem = Problem.random(case)
     results = problem.run(case, 1.0, torch.tensor([1, 1]))
     for name, x in results.items():
@@ -376,6 +375,6 @@ def test_keys_are_split_to_fill_the_processor():
 
 
 def test_heads_wider_than_the_tables_are_refused():
-    case = Case(d=65, Q=7, S=7)
+    case = AttentionCase(d=65, Q=7, S=7)
     with pytest.raises(ValueError, match="at most 64 wide, got 65"):
         Problem.random(case).run(case)

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from dab_fast import ops
+from dab_fast.accuracy import outputs_and_gradients
 from dab_fast.ops import _backends
-from tests.test_native import C, Tail, native_embed, results_and_gradients, some_boxes
+from tests.test_native import C, Tail, native_embed, numbered, some_boxes
 
 
 def many():
@@ -28,11 +29,12 @@ def every_bit(threads):
     try:
         inputs = many()
         with ops.backend("native"):
-            embedded = results_and_gradients(
-                ops.box_position_embed, inputs, (torch.randn(3, 500, 512), torch.randn(3, 500, 256))
+            embedded = outputs_and_gradients(
+                ops.box_position_embed, numbered(inputs), [torch.randn(3, 500, 512), torch.randn(3, 500, 256)]
             )
         h2, boxes, w3, b3 = torch.randn(1500, 256), some_boxes(1500, 4), torch.randn(4, 256), torch.randn(4)
-        return embedded + results_and_gradients(Tail.apply, (h2, boxes, w3, b3), (torch.randn(1500, 4),))
+        refined = outputs_and_gradients(Tail.apply, numbered((h2, boxes, w3, b3)), [torch.randn(1500, 4)])
+        return [*embedded.values(), *refined.values()]
     finally:
         torch.set_num_threads(before)
 

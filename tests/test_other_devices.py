@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from dab_fast import ops, reference
+from dab_fast.accuracy import HIDDEN_TOLERANCE
 from dab_fast.decoder.forward import decode
-from tests.support.models import HIDDEN_TOLERANCE, assert_same_gradients
+from tests.support.models import assert_same_gradients
 from tests.test_decoder import arguments, decoder, masks
 
 DEVICES = ("mps", "xpu")

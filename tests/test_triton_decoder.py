@@ -8,11 +8,9 @@ import torch
 pytest.importorskip("triton")
 
 from dab_fast import DabDecoder, measure, ops
+from dab_fast.accuracy import BOX_TOLERANCE, HIDDEN_TOLERANCE
 from tests.support.models import accelerated_copy, assert_same_gradients, huggingface_model, images, labels, perturb_
 
-# As in test_huggingface.py: float32 sums in another order.
-HIDDEN_TOLERANCE = 2e-5
-BOX_TOLERANCE = 5e-6
 # 25 x 42 memory tokens after the tiny backbone's stride of 32.
 FULL_SIZE = {"std": 0.03, "hidden_size": 256, "decoder_attention_heads": 8, "num_queries": 300, "decoder_layers": 6}
 

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dab_fast.accuracy import PROBE_TOLERANCE
 from dab_fast.config import DecoderConfig
 from dab_fast.decoder import DabDecoder
 from dab_fast.parameters import StepAside
 
-# Rounding stays below 1e-4; a temperature, a feature order, an eps or an activation that is not ours exceeds 1e-2.
-_TOLERANCE = 1e-3
 # Of a gradient's norm, or of a thousandth of the largest one's: rounding stays below 1e-4; one lost path exceeds 0.1.
 _GRADIENT_TOLERANCE, _NEGLIGIBLE = 1e-2, 1e-3
 
@@ -133,7 +132,7 @@ def _compare(
         if name == "reference points":
             x, right = x.logit(1e-7), right.logit(1e-7)
         difference = (x - right).abs().max().item()
-        if not difference <= _TOLERANCE:
+        if not difference <= PROBE_TOLERANCE:
             raise StepAside(f"its {name} are not what the original computes{when}: they differ by {difference:.1e}")
     if grad:
         _compare_gradients(decoder, got, expected, given, when)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -13,8 +12,9 @@ import torch
 from torch import Tensor
 
 from dab_fast import measure
+from dab_fast.accuracy import BENCHMARK_FLOOR, allowed, cotangents, gradient_errors, relu_flip
 from dab_fast.bench import rows
-from dab_fast.bench.counting import cotangents, gradients
+from dab_fast.bench.counting import gradients
 from dab_fast.bench.predict import floor_ms
 from dab_fast.bench.providers import PROVIDERS, Provider
 from dab_fast.bench.workloads import (
@@ -40,7 +40,7 @@ _WITH_RELU = ("decoder", "model")  # over so many units that one of them is alwa
 
 
 @dataclass(frozen=True)
-class Case:
+class BenchmarkCase:
     kind: str
     mode: str
     shape: Shape = ONE_IMAGE
@@ -79,7 +79,7 @@ class _Runner:
 
 
 def measure_case(
-    case: Case,
+    case: BenchmarkCase,
     device: torch.device,
     *,
     rounds: int = 30,
@@ -138,7 +138,7 @@ def _attempt(fn: Callable[[], Any], name: str, result: Result) -> Any:
     return None
 
 
-def _runner(case: Case, work: Workload, prepared: Prepared) -> _Runner:
+def _runner(case: BenchmarkCase, work: Workload, prepared: Prepared) -> _Runner:
     if case.mode in _NO_GRAD:
 
         def infer() -> tuple[Tensor, ...]:
@@ -172,7 +172,7 @@ def _runner(case: Case, work: Workload, prepared: Prepared) -> _Runner:
     return _Runner(train, evaluate, prepared)
 
 
-def _facts(case: Case, runner: _Runner, device: torch.device, *, counted: bool) -> rows.Row:
+def _facts(case: BenchmarkCase, runner: _Runner, device: torch.device, *, counted: bool) -> rows.Row:
     """Memory and counts: in the interpreter without its results."""
     if case.mode == "host":
         return {}
@@ -193,50 +193,40 @@ def _facts(case: Case, runner: _Runner, device: torch.device, *, counted: bool) 
 
 
 def _errors(
-    case: Case,
+    case: BenchmarkCase,
     ours: tuple[Tensor, dict[str, Tensor | None]],
     truth: tuple[Tensor, dict[str, Tensor | None]],
 ) -> rows.Row:
     """Of the output the largest, relative to the truth's scale; where there are gradients, of those instead: the
-    median over what gets one, and the worst.
-
-    Boxes are in [0, 1] and stay as they are. A gradient's error is that of its norm, over its norm or a thousandth of
-    the largest gradient's: that of a key bias is zero analytically.
+    median over what gets one, and the worst. Boxes are in [0, 1] and stay as they are.
     """
     if not truth[1]:
         scale = 1.0 if case.kind in ("decoder", "model") else truth[0].abs().max().item()
         return {"error": ((ours[0] - truth[0]).abs().max() / scale).item()}
-    exact = {name: x for name, x in truth[1].items() if x is not None}
-    largest = max(x.norm().item() for x in exact.values())
-    errors = []
-    for name, x in exact.items():
-        found = ours[1][name]
-        difference = x if found is None else found.double() - x
-        errors.append(difference.norm().item() / max(x.norm().item(), 1e-3 * largest))
-    every = torch.tensor(errors, dtype=torch.float64)  # whose median and maximum are NaN if one is
+    errors = gradient_errors(ours[1], truth[1])
+    every = torch.tensor(list(errors.values()), dtype=torch.float64)  # whose median and maximum are NaN if one is
     return {"error": every.median().item(), "worst_error": every.max().item()}
 
 
-def _accurate(case: Case, found: rows.Row, peer: rows.Row) -> bool:
+def _accurate(case: BenchmarkCase, found: rows.Row, peer: rows.Row) -> bool:
     """The gate: the error, and that of the worst gradient where there are any."""
-    good = rows.accurate(found.get("error"), peer.get("error"), case.dtype)
+    good = accurate(found.get("error"), peer.get("error"), case.dtype)
     if "worst_error" not in found:
         return good
-    flip = _relu_flip(case) if case.kind in _WITH_RELU else 0.0
-    return good and rows.accurate(found["worst_error"], peer.get("worst_error"), case.dtype, flip)
+    units = case.size.d_model * case.shape.batch * case.shape.queries
+    flip = relu_flip(units) if case.kind in _WITH_RELU else 0.0
+    return good and accurate(found["worst_error"], peer.get("worst_error"), case.dtype, flip)
 
 
-def _relu_flip(case: Case) -> float:
-    """What one unit of relu on the other side of zero, in one query, may move a gradient of a box MLP by.
-
-    That of its bias sums a term per unit that is not zero, some half of D * B * Q, all of a size, of which one comes
-    or goes: 1 / sqrt(D * B * Q / 2), 5e-3 for 300 queries of width 256; here twice.
-    """
-    return 2 / math.sqrt(case.size.d_model * case.shape.batch * case.shape.queries / 2)
+def accurate(error: float | None, peer_error: float | None, dtype: str, more: float = 0.0) -> bool:
+    """Whether an error against float64 is within the rule where the baseline stands for plain PyTorch."""
+    if error is None or peer_error is None:
+        return False
+    return error <= allowed(peer_error, BENCHMARK_FLOOR[DTYPES[dtype]] + more)
 
 
 def _fill_rows(
-    case: Case,
+    case: BenchmarkCase,
     work: Workload,
     device: torch.device,
     facts: dict[str, rows.Row],
@@ -281,7 +271,7 @@ def _fill_rows(
         )
 
 
-def cases(device: torch.device, level: str = "default") -> list[Case]:
+def cases(device: torch.device, level: str = "default") -> list[BenchmarkCase]:
     """What is measured: "tiny" is for smoke tests, "default" ends within five minutes, "full" is everything."""
     if level == "tiny":
         return _tiny()
@@ -295,41 +285,41 @@ def _shape(tokens: int, batch: int = 1, **more: Any) -> Shape:
     return Shape(batch, height=height, width=width, **more)
 
 
-def _tiny() -> list[Case]:
+def _tiny() -> list[BenchmarkCase]:
     small = Shape(batch=2, queries=9, height=5, width=7)
     padded = Shape(batch=2, queries=9, height=6, width=7, padded=True)
     return [
-        Case(kind, mode, shape, size=TINY, without=("compile", "compile_max"))
+        BenchmarkCase(kind, mode, shape, size=TINY, without=("compile", "compile_max"))
         for kind, workload in WORKLOADS.items()
         for mode in workload.modes
         for shape in ((small,) if kind in ("box_position_embed", "refine_boxes", "model") else (small, padded))
     ]
 
 
-def _host() -> list[Case]:
+def _host() -> list[BenchmarkCase]:
     """Calls so small that the host's work is all there is."""
     return [
-        Case(kind, "host", Shape(queries=4, height=2, width=4), without=("compile", "compile_max", "flex"))
+        BenchmarkCase(kind, "host", Shape(queries=4, height=2, width=4), without=("compile", "compile_max", "flex"))
         for kind in ("modulated_cross_attention", "box_position_embed", "refine_boxes")
     ]
 
 
-def _default_cpu() -> list[Case]:
+def _default_cpu() -> list[BenchmarkCase]:
     image = Shape(height=10, width=13)  # 320 x 416
     slow = ("compile",)  # a minute of compilation for each decoder
     return [
-        Case("decoder", "inference", _shape(1050)),
-        Case("decoder", "inference", _shape(4200), without=slow),
-        Case("decoder", "inference", _shape(1050, 2, padded=True), without=slow),
-        Case("decoder", "inference", _shape(1050), "bf16", without=slow),
-        Case("decoder", "training", _shape(1050), without=slow),
-        Case("model", "inference", image),
-        Case("model", "training", image),
-        Case("modulated_cross_attention", "forward", _shape(1050)),
-        Case("modulated_cross_attention", "forward", _shape(4200), without=slow),
-        Case("modulated_cross_attention", "both", _shape(1050), without=slow),
+        BenchmarkCase("decoder", "inference", _shape(1050)),
+        BenchmarkCase("decoder", "inference", _shape(4200), without=slow),
+        BenchmarkCase("decoder", "inference", _shape(1050, 2, padded=True), without=slow),
+        BenchmarkCase("decoder", "inference", _shape(1050), "bf16", without=slow),
+        BenchmarkCase("decoder", "training", _shape(1050), without=slow),
+        BenchmarkCase("model", "inference", image),
+        BenchmarkCase("model", "training", image),
+        BenchmarkCase("modulated_cross_attention", "forward", _shape(1050)),
+        BenchmarkCase("modulated_cross_attention", "forward", _shape(4200), without=slow),
+        BenchmarkCase("modulated_cross_attention", "both", _shape(1050), without=slow),
         *(
-            Case(kind, mode, _shape(1050), without=slow if mode == "both" else ())
+            BenchmarkCase(kind, mode, _shape(1050), without=slow if mode == "both" else ())
             for kind in ("box_position_embed", "refine_boxes")
             for mode in ("forward", "both")
         ),
@@ -337,44 +327,44 @@ def _default_cpu() -> list[Case]:
     ]
 
 
-def _default_cuda() -> list[Case]:
+def _default_cuda() -> list[BenchmarkCase]:
     """Ordered by worth: a run that is cut short has the figures that matter most. Compiling a decoder takes from half
     a minute to minutes, so it is compiled for three cases, and tuned for one."""
     eager, untuned = ("compile", "compile_max"), ("compile_max",)
     return [
-        Case("decoder", "inference", _shape(1050), "bf16"),
-        Case("decoder", "training", _shape(1050, 2), "bf16", without=untuned),
-        Case("decoder", "inference", _shape(4200), "bf16", without=eager),
-        Case("decoder", "inference", _shape(1050, 8), "bf16", without=untuned),
-        Case("decoder", "inference", _shape(1050, 32), "bf16", without=eager),
-        Case("decoder", "inference", _shape(4200, 8), "bf16", without=eager),
-        Case("decoder", "inference", _shape(1050), without=eager),
-        Case("decoder", "training", _shape(1050, 2), without=eager),
-        Case("decoder", "training", _shape(4200, 2), "bf16", without=eager),
-        Case("decoder", "inference", _shape(1050), "fp16", without=eager),
-        Case("decoder", "inference", _shape(1050, 2, padded=True), "bf16", without=eager),
-        Case("decoder", "inference", _shape(1050, queries=900), "bf16", without=eager),
-        Case("decoder", "inference", _shape(4200, 32), "bf16", without=eager),
-        Case("modulated_cross_attention", "forward", _shape(1050), "bf16", without=untuned),
-        Case("modulated_cross_attention", "both", _shape(1050, 2), "bf16", without=untuned),
-        Case("modulated_cross_attention", "forward", _shape(4200, 8), "bf16", without=untuned),
-        Case("modulated_cross_attention", "backward", _shape(4200, 8), "bf16", without=untuned),
-        Case("modulated_cross_attention", "forward", _shape(1050, 2, padded=True), "bf16", without=untuned),
-        Case("modulated_cross_attention", "forward", _shape(1050), without=eager),
-        Case("modulated_cross_attention", "both", _shape(1050, 2), without=eager),
+        BenchmarkCase("decoder", "inference", _shape(1050), "bf16"),
+        BenchmarkCase("decoder", "training", _shape(1050, 2), "bf16", without=untuned),
+        BenchmarkCase("decoder", "inference", _shape(4200), "bf16", without=eager),
+        BenchmarkCase("decoder", "inference", _shape(1050, 8), "bf16", without=untuned),
+        BenchmarkCase("decoder", "inference", _shape(1050, 32), "bf16", without=eager),
+        BenchmarkCase("decoder", "inference", _shape(4200, 8), "bf16", without=eager),
+        BenchmarkCase("decoder", "inference", _shape(1050), without=eager),
+        BenchmarkCase("decoder", "training", _shape(1050, 2), without=eager),
+        BenchmarkCase("decoder", "training", _shape(4200, 2), "bf16", without=eager),
+        BenchmarkCase("decoder", "inference", _shape(1050), "fp16", without=eager),
+        BenchmarkCase("decoder", "inference", _shape(1050, 2, padded=True), "bf16", without=eager),
+        BenchmarkCase("decoder", "inference", _shape(1050, queries=900), "bf16", without=eager),
+        BenchmarkCase("decoder", "inference", _shape(4200, 32), "bf16", without=eager),
+        BenchmarkCase("modulated_cross_attention", "forward", _shape(1050), "bf16", without=untuned),
+        BenchmarkCase("modulated_cross_attention", "both", _shape(1050, 2), "bf16", without=untuned),
+        BenchmarkCase("modulated_cross_attention", "forward", _shape(4200, 8), "bf16", without=untuned),
+        BenchmarkCase("modulated_cross_attention", "backward", _shape(4200, 8), "bf16", without=untuned),
+        BenchmarkCase("modulated_cross_attention", "forward", _shape(1050, 2, padded=True), "bf16", without=untuned),
+        BenchmarkCase("modulated_cross_attention", "forward", _shape(1050), without=eager),
+        BenchmarkCase("modulated_cross_attention", "both", _shape(1050, 2), without=eager),
         *(
-            Case(kind, mode, _shape(1050, batch), "bf16", without=untuned)
+            BenchmarkCase(kind, mode, _shape(1050, batch), "bf16", without=untuned)
             for kind in ("box_position_embed", "refine_boxes")
             for mode, batch in (("forward", 1), ("both", 2), ("forward", 32))
         ),
-        Case("model", "inference", _shape(1050), "bf16"),
-        Case("model", "training", _shape(1050, 2)),
-        Case("model", "inference", _shape(1050)),
+        BenchmarkCase("model", "inference", _shape(1050), "bf16"),
+        BenchmarkCase("model", "training", _shape(1050, 2)),
+        BenchmarkCase("model", "inference", _shape(1050)),
         *_host(),
     ]
 
 
-def _full(device: torch.device) -> list[Case]:
+def _full(device: torch.device) -> list[BenchmarkCase]:
     batches = (1, 2, 8, 32) if device.type == "cuda" else (1, 2)
     shapes = [
         *(_shape(tokens, batch) for tokens in FEATURE_MAPS for batch in batches),
@@ -382,7 +372,7 @@ def _full(device: torch.device) -> list[Case]:
         _shape(1050, 1, queries=900),
     ]
     return [
-        Case(kind, mode, shape, dtype)
+        BenchmarkCase(kind, mode, shape, dtype)
         for kind, workload in WORKLOADS.items()
         for mode in workload.modes
         for shape in shapes

@@ -8,7 +8,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from dab_fast import measure
+from dab_fast import accuracy, measure
 from dab_fast.backends.torch.modulated_cross_attention import SCORES_AT_ONCE
 from dab_fast.bench.providers import PROVIDERS, Provider
 from dab_fast.bench.workloads import FEATURE_MAPS, PAPER, Decoder, Prepared, Shape, Size, Workload
@@ -16,29 +16,12 @@ from dab_fast.bench.workloads import FEATURE_MAPS, PAPER, Decoder, Prepared, Sha
 METRICS = ("aten_calls", "kernel_launches", "host_syncs", "saved_bytes")
 
 
-def cotangents(outputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """Random gradients of the outputs, the same for every provider; 1 for a scalar loss."""
-    generator = torch.Generator().manual_seed(1)
-    return [
-        torch.ones_like(x) if x.dim() == 0 else torch.randn(x.shape, generator=generator).to(x.device, x.dtype)
-        for x in outputs
-    ]
-
-
 def gradients(
     prepared: Prepared, outputs: tuple[Tensor, ...], *, retain_graph: bool = False, cotangent: list[Tensor]
 ) -> dict[str, Tensor | None]:
     """Of every leaf, by name; None where it has none."""
-    pairs = [(x, g) for x, g in zip(outputs, cotangent, strict=True) if x.requires_grad]
     with prepared.around():
-        found = torch.autograd.grad(
-            [x for x, _ in pairs],
-            list(prepared.leaves.values()),
-            [g for _, g in pairs],
-            allow_unused=True,
-            retain_graph=retain_graph,
-        )
-    return dict(zip(prepared.leaves, found, strict=True))
+        return accuracy.gradients(outputs, prepared.leaves, cotangent, allow_unused=True, retain_graph=retain_graph)
 
 
 def count_modes(work: Workload, provider: Provider) -> dict[str, dict[str, int]]:

@@ -44,18 +44,8 @@ COLUMNS = (
     *WHERE,
 )
 
-# Rounding of the last sum alone, in boxes in [0, 1]: two providers may differ by it where both are right.
-ERROR_FLOOR = {"fp32": 5e-6, "fp16": 2e-4, "bf16": 1e-3}
-
 # A row whose 80th percentile is this many times its 20th was measured on a busy machine.
 BUSY = 1.5
-
-
-def accurate(error: float | None, peer_error: float | None, dtype: str, more: float = 0.0) -> bool:
-    """Whether an error against float64 is at most twice that of the baseline, plus the dtype's floor, plus `more`."""
-    if error is None or peer_error is None:
-        return False
-    return error <= 2 * peer_error + ERROR_FLOOR[dtype] + more
 
 
 @functools.cache

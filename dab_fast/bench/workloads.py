@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from dab_fast import ops, reference
 from dab_fast.adapters.huggingface import INVERSE_SIGMOID_EPS, canonical_name
 from dab_fast.bench import peers
 from dab_fast.config import DecoderConfig
+from dab_fast.ops._examples import attention_inputs, embedding_inputs, refinement_inputs
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -371,6 +371,9 @@ class Op(Workload):
         """Arguments by name, float32; those of floating point get a gradient."""
         raise NotImplementedError
 
+    def randn(self, generator: torch.Generator | None = None) -> Callable[..., Tensor]:
+        return functools.partial(torch.randn, generator=generator or self.generator())
+
     def _options(self) -> dict[str, Any]:
         return {}
 
@@ -404,20 +407,16 @@ class CrossAttention(Op):
     kind = "modulated_cross_attention"
 
     def _tensors(self) -> dict[str, Tensor]:
-        shape, h, d = self.shape, self.size.nhead, self.size.d_model // self.size.nhead
-        generator = self.generator()
-
-        def randn(batch: int, rows: int) -> Tensor:
-            return torch.randn(batch, rows, h, d, generator=generator)
-
-        b, q, s = shape.batch, shape.queries, shape.tokens
-        tensors = {
-            "q_content": randn(b, q),
-            "q_pos": randn(b, q),
-            "k_content": randn(b, s),
-            "k_pos": randn(b if shape.padded else 1, s),
-            "v": randn(b, s),
-        }
+        shape, h = self.shape, self.size.nhead
+        tensors = attention_inputs(
+            self.randn(),
+            shape.batch,
+            shape.queries,
+            shape.tokens,
+            heads=h,
+            width=self.size.d_model // h,
+            shared_k_pos=not shape.padded,
+        )
         if shape.padded:
             tensors["key_padding_mask"] = ~valid_mask(shape).flatten(1)
         return tensors
@@ -435,13 +434,9 @@ class BoxPositionEmbed(Op):
     kind = "box_position_embed"
 
     def _tensors(self) -> dict[str, Tensor]:
-        shape, generator = self.shape, self.generator()
-        boxes = anchors(shape.batch * shape.queries, generator).sigmoid()
-        return {
-            "boxes": boxes,
-            "scale": torch.randn(len(boxes), self.size.d_model, generator=generator),
-            "ref_size_logits": torch.randn(len(boxes), 2, generator=generator),
-        }
+        generator = self.generator()
+        boxes = anchors(self.shape.batch * self.shape.queries, generator).sigmoid()
+        return embedding_inputs(self.randn(generator), boxes, self.size.d_model // 2)
 
     def _options(self) -> dict[str, Any]:
         return {"num_feats": self.size.d_model // 2}
@@ -453,22 +448,9 @@ class RefineBoxes(Op):
     kind = "refine_boxes"
 
     def _tensors(self) -> dict[str, Tensor]:
-        shape, d, generator = self.shape, self.size.d_model, self.generator()
-        rows = shape.batch * shape.queries
-
-        def randn(*size: int, std: float) -> Tensor:
-            return std * torch.randn(*size, generator=generator)
-
-        return {
-            "hidden": randn(rows, d, std=1.0),
-            "boxes": anchors(rows, generator).sigmoid(),
-            "w1": randn(d, d, std=math.sqrt(2 / d)),
-            "b1": randn(d, std=0.1),
-            "w2": randn(d, d, std=math.sqrt(2 / d)),
-            "b2": randn(d, std=0.1),
-            "w3": randn(4, d, std=math.sqrt(1 / d)),
-            "b3": randn(4, std=0.1),
-        }
+        generator = self.generator()
+        boxes = anchors(self.shape.batch * self.shape.queries, generator).sigmoid()
+        return refinement_inputs(self.randn(generator), boxes, self.size.d_model)
 
     def _options(self) -> dict[str, Any]:
         return {"eps": INVERSE_SIGMOID_EPS}

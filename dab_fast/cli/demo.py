@@ -20,20 +20,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
 import dab_fast
-from dab_fast import checkpoint, measure
+from dab_fast import accuracy, checkpoint, measure
 from dab_fast.cli.inputs import InputError
 
 SHORTER, LONGER = 800, 1333  # the usual resize of DETR: the shorter side to 800, the longer at most 1333
 PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as the backbones were trained
 
-# float32 sums in another order move a box by about 5e-6 of the image side, 0.007 px at 1333. Seven times that still
-# passes; a thousandth of the noise in one projection, or a wrong eps, moves a box further.
-ALLOWED_PX = 0.05
-# A logit off by this changes a score by at most a quarter of it, the steepest slope of the sigmoid.
-ALLOWED_LOGIT = 1e-3
-# Half precision is compared with the original in float32, where the original under autocast errs too: ours may err
-# twice as much, the rule of every op's tests.
-ALLOWED_RATIO = 2.0
 BUSY = 1.5  # times that vary by more than this factor between rounds say little
 LEAST_ROUNDS = 3
 LEAST_MOVE_PX = 1.0  # the median box must move this far, or equal boxes say nothing about the decoder
@@ -77,13 +69,14 @@ class Comparison:
     own_kernels: Pair  # of the decoder: launches of this package's kernels, which are no ATen calls
     stepped_aside: dict[str, dict[str, int]]  # module to reason to number of calls
 
+    # In half precision ours is compared with the original in float32, where the original under autocast errs too.
     @property
     def allowed_box_difference_px(self) -> float:
-        return ALLOWED_PX + ALLOWED_RATIO * self.original_box_error_px
+        return accuracy.allowed(self.original_box_error_px, accuracy.DEMO_BOX_PX)
 
     @property
     def allowed_logit_difference(self) -> float:
-        return ALLOWED_LOGIT + ALLOWED_RATIO * self.original_logit_error
+        return accuracy.allowed(self.original_logit_error, accuracy.DEMO_LOGIT)
 
     @property
     def half(self) -> bool:

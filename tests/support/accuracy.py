@@ -1,52 +1,41 @@
-"""The accuracy rule of every op: at most twice PyTorch's own error in the same dtype, against float64."""
+"""The accuracy rule of `dab_fast.accuracy` as assertions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-# What is left where PyTorch's own error happens to vanish, in units of the largest result: a sum of some hundred
-# float32 terms in another order; in half precision one rounding of the stored result.
-FLOOR = {torch.float32: 16 * 2**-23, torch.float16: 2**-10, torch.bfloat16: 2**-7}
-
-
-def run(
-    function: Callable[..., Tensor | tuple[Tensor, ...]],
-    inputs: dict[str, Tensor | None],
-    cotangents: list[Tensor],  # one per result
-    dtype: torch.dtype | None = None,  # of the inputs; None leaves them as they are
-) -> dict[str, Tensor]:
-    """The results "out0", "out1" ... and the gradients "d_<input>" of function(*inputs)."""
-    leaves = {}
-    for name, x in inputs.items():
-        leaf = None if x is None else x.detach().to(dtype or x.dtype)
-        # A view of a leaf: strides survive, where a detached clone of a permuted tensor would lose them.
-        leaves[name] = leaf if leaf is None else leaf.requires_grad_()
-    results = function(*leaves.values())
-    results = results if isinstance(results, tuple) else (results,)
-    given = {name: x for name, x in leaves.items() if x is not None}
-    gradients = torch.autograd.grad(
-        results,
-        list(given.values()),
-        [c.to(out.dtype) for c, out in zip(cotangents, results, strict=True)],
-    )
-    named = {f"out{i}": out.detach() for i, out in enumerate(results)}
-    return named | {f"d_{name}": g for name, g in zip(given, gradients, strict=True)}
+from dab_fast.accuracy import Call, Inputs, errors, outputs_and_gradients, root_of_squares
 
 
 def assert_accurate(
-    actual: dict[str, Tensor],
-    exact: dict[str, Tensor],  # in float64
-    own: dict[str, Tensor],  # PyTorch's, in the dtypes of `actual`
+    actual: Mapping[str, Tensor],
+    exact: Mapping[str, Tensor],  # in float64
+    own: Mapping[str, Tensor],  # PyTorch's, in the dtypes of `actual`
+    terms: Mapping[str, Tensor] | None = None,  # of `root_of_squares`
+    *,
+    truncated: bool = False,  # as `dab_fast.accuracy.floor` says
 ) -> None:
     assert actual.keys() == exact.keys() == own.keys()
     for name, want in exact.items():
-        got, theirs = actual[name], own[name]
-        assert got.shape == want.shape and got.dtype == theirs.dtype, name
-        if not want.numel():
-            continue
-        error, allowed = (got.double() - want).abs().max(), 2 * (theirs.double() - want).abs().max()
-        allowed = allowed + FLOOR[got.dtype] * want.abs().max()
-        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+        assert actual[name].shape == want.shape and actual[name].dtype == own[name].dtype, name
+    for name, error in errors(actual, exact, own, terms, truncated=truncated).items():
+        assert error.fine, f"{name}: {error}"
+
+
+def assert_as_specified(
+    actual: Mapping[str, Tensor],
+    specification: Call,
+    inputs: Inputs,
+    d_outputs: list[Tensor] | None = None,
+    *,
+    in_float64: Call | None = None,  # where the specification must be told its dtype
+    interpreted: bool = False,  # by Triton's interpreter
+) -> None:
+    """That what `outputs_and_gradients` gave for an op is as accurate as its specification on the same inputs."""
+    truth = in_float64 or specification
+    exact = outputs_and_gradients(truth, inputs, d_outputs, dtype=torch.float64)
+    own = outputs_and_gradients(specification, inputs, d_outputs)
+    assert_accurate(actual, exact, own, root_of_squares(truth, inputs, d_outputs), truncated=interpreted)

@@ -1,0 +1,127 @@
+"""The accuracy rule itself, and that tests, selftest and benchmarks all see a gradient that is wrong by 1 %."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from dab_fast import accuracy, ops, validation
+from dab_fast.accuracy import outputs_and_gradients
+from dab_fast.bench.cases import BenchmarkCase, measure_case
+from dab_fast.bench.workloads import TINY, Shape
+from dab_fast.ops import _backends
+from dab_fast.ops._examples import examples
+from tests.support.accuracy import assert_accurate, assert_as_specified
+
+CPU = torch.device("cpu")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+EXAMPLES = pytest.mark.parametrize("op, variant", [(x.op, x.variant) for x in examples()])
+
+
+def the_example(op, variant, seed=0):
+    return next(x for x in examples(op, seed) if x.variant == variant)
+
+
+def check(example, backend, dtype):
+    inputs = example.rounded(dtype)
+    with ops.backend(backend):
+        found = outputs_and_gradients(example.positional(example.call), inputs)
+    specification = example.positional(example.specification)
+    assert_as_specified(found, specification, inputs, interpreted=backend == "triton")
+
+
+@EXAMPLES
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", _backends.BACKENDS)
+def test_every_example_on_every_backend(backend, op, variant, dtype, request):
+    if reason := _backends.why_not(backend, op, CPU):
+        pytest.skip(reason)
+    check(the_example(op, variant, request.config.getoption("seed")), backend, dtype)
+
+
+OP, VARIANT = "modulated_cross_attention", "two parts, padded"
+PADDED = Shape(batch=2, queries=9, height=6, width=7, padded=True)
+NAMES = ("q_content", "q_pos", "k_content", "k_pos", "v")
+
+
+@pytest.fixture
+def verdicts(monkeypatch):
+    """What the three say of the Triton backend's attention with padding, in float16: whether it is right."""
+
+    def ask() -> dict[str, bool]:
+        example = the_example(OP, VARIANT)
+        said: list[str] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(validation, "examples", lambda: [example])
+            patch.setattr(validation, "DTYPES", [torch.float16])
+            selftest = validation.run(CPU, said.append)
+        failed = [line for line in said if line.startswith("FAIL") and OP in line]
+        assert all("triton" in line for line in failed) and selftest == (not failed)
+        case = BenchmarkCase(OP, "both", PADDED, "fp16", TINY, without=("compile", "compile_max", "flex", "sdpa"))
+        rows = {row["provider"]: row for row in measure_case(case, CPU, rounds=1).rows}
+        assert rows["torch"]["accurate"]
+        return {"test": passes(example), "selftest": selftest, "benchmark": rows["triton"]["accurate"]}
+
+    return ask
+
+
+def passes(example) -> bool:
+    try:
+        check(example, "triton", torch.float16)
+    except AssertionError:
+        return False
+    return True
+
+
+def test_what_is_right_passes_everywhere(verdicts):
+    assert verdicts() == {"test": True, "selftest": True, "benchmark": True}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_gradient_wrong_by_a_hundredth_fails_everywhere(name, verdicts, monkeypatch):
+    right = _backends.implementation("triton", f"{OP}_backward")
+
+    def wrong(*args):
+        gradients = list(right(*args))
+        assert len(gradients) == len(NAMES)
+        gradients[NAMES.index(name)] *= 1.01
+        return gradients
+
+    monkeypatch.setitem(_backends._implementations, ("triton", f"{OP}_backward"), wrong)
+    assert verdicts() == {"test": False, "selftest": False, "benchmark": False}
+
+
+@pytest.mark.parametrize("factor", (0.9, 1.1))
+def test_the_floor_is_that_of_the_terms_of_a_sum(factor):
+    """Most of which may cancel: what is left of a hundred is one here, and PyTorch errs by nothing."""
+    truth, eps = torch.ones(1, dtype=torch.float64), torch.finfo(torch.float32).eps
+    ours = (truth + factor * (eps / 2 + 2 * eps * 100)).float()
+    with nullcontext() if factor < 1 else pytest.raises(AssertionError, match="allowed"):
+        assert_accurate({"x": ours}, {"x": truth}, {"x": truth.float()}, {"x": 100 * truth})
+
+
+def test_one_wrong_element_and_one_wrong_factor_are_both_seen():
+    truth = {"x": torch.rand(300, 256, dtype=torch.float64) + 1}
+    own = {"x": truth["x"].bfloat16()}
+    assert_accurate(own, truth, own)
+    one = {"x": own["x"].clone()}
+    one["x"][17, 3] *= 1.05
+    for wrong in (one, {"x": (1.01 * truth["x"]).bfloat16()}, {"x": own["x"] * torch.nan}):
+        with pytest.raises(AssertionError, match="x: error"):
+            assert_accurate(wrong, truth, own)
+
+
+def test_the_root_of_the_squares_of_a_gradients_terms():
+    weights, d_out = torch.randn(1000).double(), torch.randn(64, 1000).double()
+    found = accuracy.root_of_squares(lambda x: x[:, None] * weights, {"x": torch.ones(64).double()}, [d_out])
+    # Every sum of eight squares is right within some 1 / sqrt(4) of itself, and so are sixty-four within 1 / 16.
+    assert found["d_x"].norm().item() == pytest.approx((d_out * weights).norm().item(), rel=0.2)
+
+
+def test_a_negligible_gradient_is_compared_with_the_largest():
+    exact = {"weight": torch.ones(4), "key_bias": torch.zeros(4), "unused": None}
+    found = accuracy.gradient_errors({"weight": torch.ones(4), "key_bias": torch.full((4,), 1e-8)}, exact)
+    assert found.keys() == {"weight", "key_bias"}
+    assert found["weight"] == 0 and found["key_bias"] == pytest.approx(1e-5)
