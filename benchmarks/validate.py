@@ -22,18 +22,22 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 
-# The test files that prove a backend's kernels of an op.
-PROOFS = {
-    ("modulated_cross_attention", "triton"): (
-        "test_modulated_cross_attention",
-        "test_modulated_cross_attention_kernel",
-        "test_triton_decoder",
-    ),
-    ("box_position_embed", "triton"): ("test_box_position_embed", "test_triton_decoder"),
-    ("refine_boxes", "triton"): ("test_refine_boxes", "test_triton_decoder"),
-    ("box_position_embed", "native"): ("test_native", "test_native_calls"),
-    ("refine_boxes", "native"): ("test_native", "test_native_calls"),
-}
+
+def _proofs() -> dict[tuple[str, str], tuple[str, ...]]:
+    """{(op, backend): the test files that prove its kernels}."""
+    found: dict[tuple[str, str], tuple[str, ...]] = {}
+    for op in sorted(path.stem for path in (ROOT / "dab_fast" / "ops").glob("[!_]*.py")):
+        named = sorted(path.stem for path in (ROOT / "tests").glob(f"test_{op}*.py"))
+        for backend, files in (
+            ("triton", (*named, "test_triton_decoder")),
+            ("native", ("test_native", "test_native_calls")),
+        ):
+            if (ROOT / "dab_fast" / "backends" / backend / f"{op}.py").exists():
+                found[op, backend] = files
+    return found
+
+
+PROOFS = _proofs()
 # What a record keeps of the report's properties.
 KEPT = ("device", "driver", "python", "torch", "triton", "ptxas", "commit", "date")
 
