@@ -1,5 +1,6 @@
 """Settings for every test: Triton compiled or interpreted (`support.gpu_run`), and uninitialised memory is NaN."""
 
+import logging
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -48,6 +49,15 @@ def poison_uninitialised_memory():
 
 def pytest_addoption(parser):
     parser.addoption("--seed", type=int, default=0, help="of the random inputs; accuracy hangs on none")
+
+
+@pytest.fixture(autouse=True)
+def heard():
+    """A test of what is logged hears it, whatever another library that was tried before did to logging."""
+    logging.disable(logging.NOTSET)
+    logger = logging.getLogger("dab_fast")
+    logger.disabled, logger.propagate = False, True
+    logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(autouse=True)

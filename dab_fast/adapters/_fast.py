@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from dab_fast._tracing import compiling
+from dab_fast._tracing import compiling, exporting
 from dab_fast.adapters._description import Code, Description, Watch
 from dab_fast.adapters._probe import Forward, probe
 from dab_fast.config import DecoderConfig
@@ -177,7 +177,8 @@ class FastDecoder(Fast):
         """What `dab_fast_read` gives, where nothing has changed that was not probed. Raises StepAside."""
         if compiling():
             return self.dab_fast_read()
-        watch = _WATCHES.get(self)
+        tracing = exporting()  # whose graph must not depend on what was asked before
+        watch = None if tracing else _WATCHES.get(self)
         params = None if watch is None else watch.parameters()
         if watch is not None and params is not None:
             return params, watch.reading
@@ -191,7 +192,7 @@ class FastDecoder(Fast):
             raise StepAside(reason)
         self.dab_fast_code.add(self)
         watch = Watch(self, self.dab_fast_code, params, config)
-        if watch.whole:
+        if watch.whole and not tracing:
             _WATCHES[self] = watch
         return params, config
 

@@ -132,7 +132,8 @@ def _fused_on_cpu(
         v = F.pad(v, (0, q.shape[-1] - d_v))
     bias = None
     if visible is not None:
-        bias = torch.zeros_like(visible, dtype=torch.float32)
+        # The kernel reads a bias of another dtype as if it were of its own, float32 beside half precision excepted.
+        bias = torch.zeros_like(visible, dtype=torch.promote_types(q.dtype, torch.float32))
         bias.masked_fill_(~visible, torch.finfo(bias.dtype).min)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
