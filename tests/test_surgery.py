@@ -443,3 +443,14 @@ def test_variants_do_not_step_aside_in_training(variant):
     reasons = accelerate(model)
     assert math.isfinite(sum(x.sum() for x in run_model(model, True).values()))
     assert not reasons()
+
+
+def test_a_setting_that_counts_calls_is_not_probed_for_ever():
+    theirs, ours = copy.deepcopy(huggingface_decoder()), copy.deepcopy(huggingface_decoder())
+    reasons = accelerate(ours)
+    for calls in range(20):
+        ours.layers[1].calls = calls
+        assert_same(attempt(run_huggingface_decoder, ours), attempt(run_huggingface_decoder, theirs))
+        assert bool(reasons()) == (calls >= 15)
+    assert "layers.1.calls keeps changing" in reasons()
+    assert len(ours.dab_fast_verdicts) == 16

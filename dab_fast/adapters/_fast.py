@@ -204,16 +204,21 @@ class FastDecoder(Fast):
         for known, reason in self.dab_fast_verdicts:
             if known == now:
                 return reason
+        changed = self.dab_fast_verdicts[0][0].changes(now) if self.dab_fast_verdicts else ""
+        if len(self.dab_fast_verdicts) >= _MOST_VERDICTS:
+            return f"{changed} keeps changing"
         reason = None
         try:
             original, fast, tgt_mask = self.dab_fast_forwards()
             probe(self, config, original, fast, tgt_mask=tgt_mask)
         except StepAside as found:
-            changed = self.dab_fast_verdicts[0][0].changes(now) if self.dab_fast_verdicts else ""
             reason = f"{changed} changed, and {found}" if changed else str(found)
         self.dab_fast_verdicts.append((now, reason))
         return reason
 
+
+# A probe takes as long as some calls: what counts its calls, say, is not probed at each.
+_MOST_VERDICTS = 16
 
 # Beside the decoders and not in them: a copy, a replica or a pickle has modules of its own.
 _WATCHES: WeakKeyDictionary[nn.Module, Watch] = WeakKeyDictionary()
