@@ -112,8 +112,10 @@ class Code:
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(None), ()  # whoever unpickles a decoder finds it at its first call
 
-    def _note(self, holder: Any, name: str, shown: str, x: Any) -> None:
-        self.uses.setdefault((id(holder), name), (holder, name, shown, x, self._package))
+    def _note(self, owner: Any, name: str, shown: str, x: Any) -> None:
+        """`owner`: a class, or the globals of a file."""
+        holder = vars(owner) if isinstance(owner, type) else owner
+        self.uses.setdefault((id(owner), name), (holder, name, shown, x, self._package))
 
     def _add_class(self, kind: type) -> None:
         if kind in self._classes:
@@ -123,7 +125,7 @@ class Code:
         read: set[str] = set()
         for base in kind.__mro__[:-1]:
             for name in ("forward", "__call__"):  # that it has none is a fact, too
-                self._note(vars(base), name, f"{base.__name__}.{name}", vars(base).get(name, _ABSENT))
+                self._note(base, name, f"{base.__name__}.{name}", vars(base).get(name, _ABSENT))
             if not base.__module__.startswith("torch."):
                 read |= self._add_function(vars(base).get("forward"))
         todo = sorted(read)
@@ -132,7 +134,7 @@ class Code:
             for base in kind.__mro__[:-1]:
                 x = vars(base).get(name, _ABSENT)
                 if not base.__module__.startswith("torch.") and _constant(x):
-                    self._note(vars(base), name, f"{base.__name__}.{name}", x)
+                    self._note(base, name, f"{base.__name__}.{name}", x)
                     new = self._add_function(x) - read
                     read |= new
                     todo += new
