@@ -9,7 +9,6 @@ CONSTRAINTS ?= -c constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 # A warning that the package causes is an error, but only here, with the versions of constraints.txt: elsewhere a new
 # release of another library may deprecate something on any day.
-# A warning of our own code is an error, among the pinned versions alone.
 WARNINGS ?= -o filterwarnings=error:::dab_fast
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist worksteal $(WARNINGS)
 
