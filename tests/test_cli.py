@@ -384,3 +384,12 @@ def test_full_size(wreck, code, tmp_path):
     found = json.loads(result.stdout)
     assert found["passed"] == (code == 0) and found["size"] == [1200, 800] and found["tokens"] == 950
     assert (found["max_box_difference_px"] <= accuracy.DEMO_BOX_PX) == (code == 0)
+
+
+def test_the_caught_call_is_the_one_that_the_fast_model_makes(checkpoint):
+    """A hook would be seen, and the call would be the original's."""
+    model = demo.load_checkpoint(checkpoint)
+    dab_fast.accelerate(model)
+    with torch.no_grad():
+        _, call = demo._run_and_catch(model, torch.randn(1, 3, 96, 128))
+    assert call.keywords["spatial_shape"] == (3, 4) and call.keywords["memory_key_padding_mask"] is None
