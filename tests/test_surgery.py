@@ -454,3 +454,14 @@ def test_a_setting_that_counts_calls_is_not_probed_for_ever():
         assert bool(reasons()) == (calls >= 15)
     assert "layers.1.calls keeps changing" in reasons()
     assert len(ours.dab_fast_verdicts) == 16
+
+
+def test_what_is_changed_after_a_call_is_seen():
+    """A call leaves a watch behind, which must ask for the config, too."""
+    theirs, ours = copy.deepcopy(huggingface_decoder()), copy.deepcopy(huggingface_decoder())
+    reasons = accelerate(ours)
+    attempt(run_huggingface_decoder, ours, padded=True)
+    for decoder in (theirs, ours):
+        decoder.config._attn_implementation = "sdpa"
+    assert_same(*(attempt(run_huggingface_decoder, d, padded=True) for d in (ours, theirs)))
+    assert "config" in reasons()

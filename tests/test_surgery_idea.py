@@ -477,3 +477,14 @@ def test_instances_of_one_class_with_other_numbers_of_heads():
         ours = copy.deepcopy(theirs)
         dab_fast.accelerate(ours)
         assert_same(attempt(run_idea_decoder, ours), attempt(run_idea_decoder, theirs))
+
+
+def test_an_activation_that_is_exchanged_after_a_call_is_seen():
+    """gelu is a builtin, and no function of Python."""
+    theirs, ours = copy.deepcopy(idea(activation="gelu")), copy.deepcopy(idea(activation="gelu"))
+    accelerate(ours)
+    attempt(run_idea_decoder, ours)
+    for decoder in (theirs, ours):
+        for layer in decoder.layers:
+            layer.activation = torch.nn.functional.relu
+    assert_same(attempt(run_idea_decoder, ours), attempt(run_idea_decoder, theirs))

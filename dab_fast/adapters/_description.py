@@ -25,7 +25,7 @@ _IN_PYTORCH = ("dropout", "layer_norm", "linear", "prelu", "relu", "softmax")
 
 def _value(x: Any) -> Any:
     """What of an attribute can be compared: of an object, its class."""
-    return x if type(x) in _SCALARS or isinstance(x, _FUNCTIONS) else type(x)
+    return x if _compared(x) else type(x)
 
 
 class Description:
@@ -165,6 +165,11 @@ def _constant(x: Any) -> bool:
     return type(x) in _SCALARS or isinstance(x, types.FunctionType)
 
 
+def _compared(x: Any) -> bool:
+    """Whether an attribute's value, and not only its class, is part of a description."""
+    return type(x) in _SCALARS or isinstance(x, _FUNCTIONS)
+
+
 def _filled(cell: Any) -> bool:
     try:
         return cell.cell_contents is not None
@@ -186,7 +191,7 @@ class Watch:
 
     Args:
         params: by canonical name, as `gather` gave them.
-        reading: whatever was read from the tree beside these; `unchanged` says whether it still holds.
+        reading: whatever was read from the tree beside these, and holds while `parameters` gives any.
     """
 
     def __init__(self, root: nn.Module, code: Code, params: dict[str, Tensor], reading: Any) -> None:
@@ -202,7 +207,7 @@ class Watch:
         keys = [
             key
             for key, x in own.items()
-            if key in _WATCHED or (key not in _INTERNAL and not key.startswith(("_", "dab_fast")) and _constant(x))
+            if key in _WATCHED or (key not in _INTERNAL and not key.startswith(("_", "dab_fast")) and _compared(x))
         ]
         get = operator.itemgetter(*keys)
         found = tuple(dict(x) if key == "_modules" else _copy(x) for key, x in zip(keys, get(own), strict=True))

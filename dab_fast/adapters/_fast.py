@@ -180,8 +180,8 @@ class FastDecoder(Fast):
         tracing = exporting()  # whose graph must not depend on what was asked before
         watch = None if tracing else _WATCHES.get(self)
         params = None if watch is None else watch.parameters()
-        if watch is not None and params is not None:
-            return params, watch.reading
+        if watch is not None and params is not None and watch.reading[1] == self.dab_fast_settings():
+            return params, watch.reading[0]
         if self.dab_fast_code is None:
             self.dab_fast_code = Code(self, self.dab_fast_original)
         if (name := self.dab_fast_code.changed()) is not None:
@@ -191,7 +191,7 @@ class FastDecoder(Fast):
         if reason is not None:
             raise StepAside(reason)
         self.dab_fast_code.add(self)
-        watch = Watch(self, self.dab_fast_code, params, config)
+        watch = Watch(self, self.dab_fast_code, params, (config, self.dab_fast_settings()))
         if watch.whole and not tracing:
             _WATCHES[self] = watch
         return params, config

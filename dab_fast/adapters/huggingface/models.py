@@ -189,9 +189,7 @@ def read(decoder: Any) -> tuple[dict[str, Tensor], DecoderConfig]:
             num_layers=len(decoder.layers),
             dim_feedforward=first.mlp.fc1.out_features,
             query_dim=decoder.config.query_dim,
-            keep_query_pos=same(
-                "keep_query_pos", {bool(x.cross_attn.keep_query_pos) for x in decoder.layers[1:]} or {False}
-            ),
+            keep_query_pos=same("keep_query_pos", _keeps_query_pos(decoder.layers)),
             bbox_embed=None if decoder.bbox_embed is None else "shared",
             activation=same("activations", {_activation(layer.mlp.activation_fn) for layer in decoder.layers}),
             inverse_sigmoid_eps=INVERSE_SIGMOID_EPS,
