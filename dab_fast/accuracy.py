@@ -16,9 +16,10 @@ from torch import Tensor
 
 RATIO = 2.0
 
-# A term of a sum passes some 16 operations, the tree of the sum among them, each off by at most u, half an eps; signs
-# are random, so that the term is off by some sqrt(16) u. Errors of terms add as their squares do.
-TERM_ROUNDINGS = 4.0
+# A term of a sum passes some 16 operations, the tree of the sum among them, each off by at most u, half an eps, and by
+# any amount up to that alike: by a standard deviation of sqrt(16 / 3) u. Errors of terms add as their squares do. Of
+# the some ten thousand results of an op, the largest error is one of four standard deviations.
+TERM_ROUNDINGS = 4 * math.sqrt(16 / 3)
 
 # Where forward keeps a result in its dtype, backward reads it rounded. In a single element that rounding and the one of
 # the stored gradient may add up; over a norm they do not.

@@ -97,7 +97,8 @@ def test_one_gradient_wrong_by_a_hundredth_fails_everywhere(name, verdicts, monk
 def test_the_floor_is_that_of_the_terms_of_a_sum(factor):
     """Most of which may cancel: what is left of a hundred is one here, and PyTorch errs by nothing."""
     truth, eps = torch.ones(1, dtype=torch.float64), torch.finfo(torch.float32).eps
-    ours = (truth + factor * (eps / 2 + 2 * eps * 100)).float()
+    terms = accuracy.TERM_ROUNDINGS * eps / 2 * 100
+    ours = (truth + factor * (eps / 2 + terms)).float()
     with nullcontext() if factor < 1 else pytest.raises(AssertionError, match="allowed"):
         assert_accurate({"x": ours}, {"x": truth}, {"x": truth.float()}, {"x": 100 * truth})
 

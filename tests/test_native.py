@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from dab_fast import ops, reference
+from dab_fast import ops, precision, reference
 from dab_fast.accuracy import outputs_and_gradients
 from dab_fast.backends.native._extension import extension_problem
 
@@ -320,11 +320,11 @@ def test_any_choice_of_gradients_of_refine_boxes(layers, device):
 
 
 class Tail(torch.autograd.Function):
-    """The box tail alone, in whatever precision it is given."""
+    """The box tail alone, of inputs in any dtype; as in the op, boxes and sums are at least float32."""
 
     @staticmethod
     def forward(ctx, h2, boxes, w3, b3):
-        refined = h2.new_empty((*h2.shape[:-1], 4))
+        refined = precision.at_least_float32(h2).new_empty((*h2.shape[:-1], 4))
         native_refine._tail(h2, boxes, w3, b3, 1e-2, refined)
         ctx.save_for_backward(h2, boxes, w3, refined)
         return refined
@@ -333,16 +333,16 @@ class Tail(torch.autograd.Function):
     def backward(ctx, d_refined):
         h2, boxes, w3, refined = ctx.saved_tensors
         d = h2.shape[-1]
-        d_h2, d_boxes, sums = h2.new_empty(h2.shape), boxes.new_empty(boxes.shape), h2.new_zeros(6 * d + 4)
+        d_h2, d_boxes, sums = h2.new_empty(h2.shape), boxes.new_empty(boxes.shape), refined.new_zeros(6 * d + 4)
         native_refine._tail_backward(d_refined, refined, h2, boxes, w3, 1e-2, d_h2, d_boxes, sums)
-        return d_h2, d_boxes, sums[: 4 * d].view(4, d), sums[6 * d :]
+        return d_h2, d_boxes, sums[: 4 * d].view(4, d).to(w3.dtype), sums[6 * d :].to(w3.dtype)
 
 
 def tail(h2, boxes, w3, b3):
     """What `Tail` computes, in plain PyTorch."""
-    logits = torch.nn.functional.linear(h2, w3, b3)
+    logits = torch.nn.functional.linear(*map(precision.at_least_float32, (h2, w3, b3)))
     n = boxes.shape[-1]
-    moved = logits[..., :n] + reference.inverse_sigmoid(boxes, 1e-2).to(logits)
+    moved = logits[..., :n] + reference.inverse_sigmoid(precision.at_least_float32(boxes), 1e-2)
     return torch.cat((moved, logits[..., n:]), -1).sigmoid()
 
 
