@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from dab_fast._tracing import apart
 from dab_fast.adapters import ADAPTERS
-from dab_fast.adapters._fast import Fast, Reasons
+from dab_fast.adapters._fast import PARTS, Fast, Reasons
 
 
 @dataclass(frozen=True, repr=False)
@@ -28,7 +30,9 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"dab_fast: {len(self.replaced)} modules accelerated"]
-        lines += [f"  {name or '(model)'}: {type(module).__name__}" for name, module in self.replaced.items()]
+        for name, module in self.replaced.items():
+            parts = " and ".join(module.dab_fast_parts)
+            lines.append(f"  {name or '(model)'}: {type(module).__name__}, {parts}")
         lines += [f"  {name or '(model)'} left as it is: {reason}" for name, reason in self.not_replaced.items()]
         for name, reasons in self.stepped_aside.items():
             lines += [f"  {name or '(model)'} stepped aside {n} times: {reason}" for reason, n in reasons.items()]
@@ -37,8 +41,8 @@ class Report:
     __repr__ = __str__
 
 
-def accelerate(model: nn.Module, *, recompute: bool = False) -> Report:
-    """Make the DAB-DETR decoder (and prediction head) inside `model` fast, in place; `restore` undoes it.
+def accelerate(model: nn.Module, *, parts: Collection[str] = PARTS, recompute: bool = False) -> Report:
+    """Make the DAB-DETR model that `model` is or holds fast, in place; `restore` undoes it.
 
     Each known module becomes an instance of a subclass with the fast forward: parameters, state_dict keys, other
     instances and the libraries' classes stay as they are. A call that the fast forward cannot serve takes the
@@ -54,10 +58,11 @@ def accelerate(model: nn.Module, *, recompute: bool = False) -> Report:
         model: a Hugging Face `DabDetrForObjectDetection`, `DabDetrModel` or `DabDetrDecoder`, a `TransformerDecoder`
             of IDEA-Research/DAB-DETR or DN-DETR, or any module with one inside. What torch.compile returned is one, and
             compiles anew at its next call; what torch.jit or torch.export made of a module is none.
-        recompute: in training keep only the layers' inputs for backward, and compute the layers again there: less
-            memory for more time. When a model is accelerated again, the last call's `recompute` holds, and nothing
-            else changes. A Hugging Face decoder whose layers have `gradient_checkpointing` set is recomputed without
-            it (transformers 5.23 itself refuses `gradient_checkpointing_enable()` for DAB-DETR).
+        parts: which parts of the model, of "backbone", "encoder", "decoder", "head" and "criterion". When a model is
+            accelerated again, the last call's `parts` and `recompute` hold.
+        recompute: in training keep only the decoder layers' inputs for backward, and compute the layers again there:
+            less memory for more time. A Hugging Face decoder whose layers have `gradient_checkpointing` set is
+            recomputed without it (transformers 5.23 itself refuses `gradient_checkpointing_enable()` for DAB-DETR).
 
     Returns:
         A `Report`: the modules replaced, those that look like DAB-DETR and were not, with the reason, and, whenever
@@ -65,13 +70,15 @@ def accelerate(model: nn.Module, *, recompute: bool = False) -> Report:
 
     Raises:
         TypeError: `model` is no module.
-        ValueError: nothing in `model` is a DAB-DETR module that dab_fast knows; the model is left as it was.
+        ValueError: nothing in `model` is a part that dab_fast knows, or `parts` names an unknown one; the model is
+            left as it was.
     """
     _check_module(model)
+    wanted = _checked_parts(parts)
     default_dtype = torch.get_default_dtype()  # of the process, where `apart` helps only with what is a thread's
     torch.set_default_dtype(torch.float32)
     try:
-        replaced, not_replaced = apart(lambda: _replace(model))
+        replaced, not_replaced = apart(lambda: _replace(model, wanted))
     finally:
         torch.set_default_dtype(default_dtype)
     for module in replaced.values():
@@ -86,27 +93,38 @@ def accelerate(model: nn.Module, *, recompute: bool = False) -> Report:
     return Report(replaced, not_replaced, {name: module.dab_fast_reasons for name, module in replaced.items()})
 
 
-def _replace(model: nn.Module) -> tuple[dict[str, Fast], dict[str, str]]:
+def _checked_parts(parts: Collection[str]) -> tuple[str, ...]:
+    if isinstance(parts, str) or not parts or set(parts) - set(PARTS):
+        raise ValueError(f"parts must be some of {PARTS}, got {parts!r}")
+    return tuple(part for part in PARTS if part in parts)
+
+
+def _replace(model: nn.Module, parts: tuple[str, ...]) -> tuple[dict[str, Fast], dict[str, str]]:
     """The first two fields of the `Report`."""
     adapters = [importlib.import_module(f"dab_fast.adapters.{name}") for name in ADAPTERS]
     replaced: dict[str, Fast] = {}
     not_replaced: dict[str, str] = {}
     for name, module in model.named_modules():
-        if isinstance(module, Fast) and module.dab_fast_active:
-            replaced[name] = module
-            continue
         if isinstance(module, _TRANSLATED):
             continue
-        for adapter in adapters:
-            fast_class = adapter.fast_class(module)
-            if fast_class is not None:
-                module.__class__ = fast_class
-                assert isinstance(module, Fast)
-                module.dab_fast_begin()
-                replaced[name] = module
-            elif reason := adapter.why_not(module):
+        if not _is_accelerated(module):
+            fast_class = next(filter(None, (adapter.fast_class(module) for adapter in adapters)), None)
+            if fast_class is None or not set(fast_class.dab_fast_serves) & set(parts):
+                continue
+            if reason := fast_class.dab_fast_why_not(module):
                 not_replaced[name] = reason
+                continue
+            module.__class__ = fast_class
+            module.dab_fast_begin()
+        assert isinstance(module, Fast)
+        module.dab_fast_parts = tuple(part for part in module.dab_fast_serves if part in parts)
+        if module.dab_fast_parts:
+            replaced[name] = module
     return replaced, not_replaced
+
+
+def _is_accelerated(module: nn.Module) -> bool:
+    return isinstance(module, Fast) and module.dab_fast_active
 
 
 # What torch.jit and torch.fx, and so torch.export, make of modules: their forward is no longer the class's.
@@ -148,9 +166,7 @@ def restore(model: nn.Module) -> None:
             parametrizations do; the model is left as it was.
     """
     _check_module(model)
-    accelerated = {
-        name: module for name, module in model.named_modules() if isinstance(module, Fast) and module.dab_fast_active
-    }
+    accelerated: dict[str, Any] = {name: module for name, module in model.named_modules() if _is_accelerated(module)}
     for name, module in accelerated.items():
         kind = type(module)
         if "dab_fast_original" not in vars(kind):

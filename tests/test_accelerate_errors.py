@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers import DabDetrForObjectDetection
+from transformers.models.dab_detr.modeling_dab_detr import DabDetrDecoder
 
 import dab_fast
 from dab_fast.accuracy import BOX_TOLERANCE, HIDDEN_TOLERANCE
@@ -39,6 +41,31 @@ def test_what_is_no_module_with_a_decoder(make, error, message):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("parts", ["decoder", (), ("decoder", "neck"), ["Decoder"]], ids=str)
+def test_parts_that_there_are_not(parts):
+    model = huggingface_model()
+    with pytest.raises(ValueError, match=r"parts must be some of .*'encoder', 'decoder'.*, got "):
+        dab_fast.accelerate(model, parts=parts)
+    assert type(model.model.decoder) is DabDetrDecoder
+
+
+def test_the_last_parts_hold():
+    model, given = huggingface_model(), images(padded=True)
+    expected = model(**given).pred_boxes
+    report = dab_fast.accelerate(model, parts=("decoder",))
+    assert "" not in report.replaced and "model.decoder" in report.replaced
+    assert type(model) is DabDetrForObjectDetection
+    report = dab_fast.accelerate(model, parts=("head",))
+    assert set(report.replaced) == {""}
+    assert "(model): DabDetrForObjectDetection, head" in str(report)
+    handle = model.model.decoder.layers[0].register_forward_hook(lambda *_: None)  # which steps a fast decoder aside
+    assert (model(**given).pred_boxes - expected).abs().max() < BOX_TOLERANCE
+    assert not model.model.decoder.dab_fast_reasons
+    handle.remove()
+    dab_fast.restore(model)
+    assert type(model.model.decoder) is DabDetrDecoder and type(model) is DabDetrForObjectDetection
+
+
 def test_a_scripted_part_is_left_alone():
     model = nn.ModuleList([torch.jit.script(nn.Linear(2, 2)), oracle()])
     assert list(dab_fast.accelerate(model).replaced) == ["1"]

@@ -3,11 +3,12 @@
 An adapter is a package of that name with
 
     INVERSE_SIGMOID_EPS                  of its decoder
-    fast_class(module) -> type | None    the class that `module` should become, None if it is not this codebase's
-    why_not(module) -> str | None        for a module that looks like this codebase's but cannot be replaced
+    fast_class(module) -> type | None    the class that `module` would become, None if it is not this codebase's
 
-A fast class subclasses the original class and `adapters._fast.Fast`. The package's module `checkpoint` translates
-between the codebase's names of tensors and the canonical ones, which `adapters._names` describes:
+A fast class subclasses the original class and `adapters._fast.Fast`, and may refuse a module (`dab_fast_why_not`).
+
+The package's module `checkpoint` translates between the codebase's names of tensors and the canonical ones, which
+`adapters._names` describes:
 
     CODEBASE: str                        its name in messages
     MODELS: str                          the models that `load_checkpoint` can load, in words, with their article

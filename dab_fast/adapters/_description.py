@@ -35,10 +35,10 @@ class Description:
         """`ignored`: settings that whoever runs the decoder reads anew; `more`: settings that are not attributes."""
         self.facts: dict[str, Any] = dict(more or {})
         for path, module in root.named_modules(remove_duplicate=False):
-            name = path or "the decoder"
+            name = path or "it"
             if path:
                 self.facts[name] = type(module)
-            for key, x in module._parameters.items():
+            for key, x in (module._parameters | module._buffers).items():
                 self.facts[f"{name}.{key}"] = None if x is None else tuple(x.shape)
             for key, x in vars(module).items():
                 if isinstance(x, Tensor):  # of a replica of DataParallel
@@ -187,19 +187,20 @@ def is_from(function: Any, packages: Collection[str]) -> bool:
 
 
 class Watch:
-    """A module tree as it was found: its modules' classes, hooks, children and settings, and its parameters.
+    """A module tree as it was found: its modules' classes, hooks, children and settings, and its tensors.
 
     Args:
-        params: by canonical name, as `gather` gave them.
-        reading: whatever was read from the tree beside these, and holds while `parameters` gives any.
+        tensors: parameters and buffers by canonical name, as `gather` gave them.
+        reading: whatever was read from the tree beside these, and holds while `tensors` gives any.
     """
 
-    def __init__(self, root: nn.Module, code: Code, params: dict[str, Tensor], reading: Any) -> None:
+    def __init__(self, root: nn.Module, code: Code, tensors: dict[str, Tensor], reading: Any) -> None:
         self.reading, self._code = reading, code
         self._modules = [self._entry(module) for module in root.modules()]
-        places = {id(x): (m._parameters, key) for m in root.modules() for key, x in m._parameters.items()}
-        self._params = [(name, *places[id(x)], x) for name, x in params.items() if id(x) in places]
-        self.whole = len(self._params) == len(params)  # a replica's tensors are no parameters
+        holders = [holder for m in root.modules() for holder in (m._parameters, m._buffers)]
+        places = {id(x): (holder, key) for holder in holders for key, x in holder.items()}
+        self._tensors = [(name, *places[id(x)], x) for name, x in tensors.items() if id(x) in places]
+        self.whole = len(self._tensors) == len(tensors)  # a replica's tensors are no parameters
 
     @staticmethod
     def _entry(module: nn.Module) -> tuple[nn.Module, type, dict[str, Any], int, Callable[[Any], Any], Any]:
@@ -213,19 +214,19 @@ class Watch:
         found = tuple(dict(x) if key == "_modules" else _copy(x) for key, x in zip(keys, get(own), strict=True))
         return module, type(module), own, len(own), get, found
 
-    def parameters(self) -> dict[str, Tensor] | None:
-        """The parameters by their canonical names, or None where anything may have changed since."""
+    def tensors(self) -> dict[str, Tensor] | None:
+        """The tensors by their canonical names, or None where anything may have changed since."""
         if self._code.changed() is not None or nn_module._has_any_global_hook():
             return None
         for module, kind, own, size, get, found in self._modules:
             if type(module) is not kind or len(own) != size or get(own) != found:
                 return None
-        params: dict[str, Tensor] = {}
-        for name, holder, key, x in self._params:
+        tensors: dict[str, Tensor] = {}
+        for name, holder, key, x in self._tensors:
             if holder.get(key) is not x:
                 return None
-            params[name] = x
-        return params
+            tensors[name] = x
+        return tensors
 
 
 _WATCHED = (

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from dab_fast._tracing import compiling, exporting
 from dab_fast.adapters._description import Code, Description, Watch
-from dab_fast.adapters._probe import Forward, probe
-from dab_fast.config import DecoderConfig
 from dab_fast.parameters import StepAside
 
 logger = logging.getLogger("dab_fast")
+
+# Of a model, in the order in which they run.
+PARTS = ("backbone", "encoder", "decoder", "head", "criterion")
 
 
 class DropoutRates(NamedTuple):
@@ -51,7 +52,9 @@ class Fast(nn.Module):
     """
 
     dab_fast_original: ClassVar[type[nn.Module]]
+    dab_fast_serves: ClassVar[tuple[str, ...]]  # parts of the model, by their names in `PARTS`
     dab_fast_active = False  # whether `accelerate` made this instance
+    dab_fast_parts: tuple[str, ...] = ()  # of those that it serves, the ones asked for; without any, the original's
     dab_fast_recompute = False  # keep only the layers' inputs for backward
     dab_fast_reasons: Reasons  # how often this instance took its original forward, and why
 
@@ -104,6 +107,13 @@ class Fast(nn.Module):
             state = {name: x for name, x in state.items() if not _is_ours(name)}
         return make, args, state, *rest
 
+    @classmethod
+    def dab_fast_why_not(cls, module: nn.Module) -> str | None:
+        """Why `accelerate` leaves a module, of the original class or a subclass, as it is."""
+        if type(module) is not cls.dab_fast_original:
+            return f"{type(module).__qualname__} is a subclass, which may compute something else"
+        return "its forward is patched" if "forward" in vars(module) else None
+
     def dab_fast_begin(self) -> None:
         """Once, when this instance has got its fast class."""
         self.dab_fast_reasons = Reasons()
@@ -133,73 +143,92 @@ def _while_active(fast: Any, original: type[nn.Module]) -> Any:
 
     @functools.wraps(fast)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not getattr(self, "dab_fast_active", False):
+        if not getattr(self, "dab_fast_parts", ()):
             return original.forward(self, *args, **kwargs)
         return fast(self, *args, **kwargs)
 
     return forward
 
 
-class FastDecoder(Fast):
-    """A fast decoder, which serves a call only where it was seen to compute what its original does.
+class FastPart(Fast):
+    """A fast part of a model, which serves a call only where it was seen to compute what its original does.
 
     What the original's forward may depend on is described once and compared at every call. A structure or a setting
     that is new is probed: both forwards run on a copy. Functions that were patched are not.
+
+    The three functions below take a module of the original class, accelerated or not.
     """
 
     dab_fast_reads: ClassVar[frozenset[str]]  # settings that every call reads anew, such as rates
     dab_fast_code: Code | None
     dab_fast_verdicts: list[tuple[Description, str | None]]  # of what was met so far: why it is not served
 
+    @staticmethod
+    def dab_fast_read(module: Any) -> tuple[dict[str, Tensor], Any]:
+        """The parameters and buffers, and whatever else a call needs. Raises StepAside where they cannot be read."""
+        raise NotImplementedError
+
+    @staticmethod
+    def dab_fast_settings(module: Any) -> dict[str, Any]:
+        """What the original's forward reads elsewhere than in attributes of its modules."""
+        return {}
+
+    @staticmethod
+    def dab_fast_probe(module: Any, tensors: dict[str, Tensor], reading: Any) -> None:
+        """Raise StepAside unless both forwards agree on a copy; the rest is what `dab_fast_read` gave."""
+        raise NotImplementedError
+
+    @classmethod
+    def dab_fast_why_not(cls, module: nn.Module) -> str | None:
+        if reason := super().dab_fast_why_not(module):
+            return reason
+        try:
+            found = cls.dab_fast_read(module)
+        except StepAside:
+            return None  # a call steps aside until what keeps it away has gone
+        try:
+            cls.dab_fast_probe(module, *found)
+        except StepAside as reason:
+            return str(reason)
+        return None
+
     def dab_fast_begin(self) -> None:
         super().dab_fast_begin()
         self.dab_fast_code, self.dab_fast_verdicts = None, []
         try:
-            self.dab_fast_read()
+            self.dab_fast_read(self)
             self.dab_fast_verdicts.append((self._dab_fast_description(), None))  # probed before
         except StepAside:
             pass  # perhaps later, when what keeps it away has gone
         self.dab_fast_code = Code(self, self.dab_fast_original)
 
-    def dab_fast_read(self) -> tuple[dict[str, Tensor], DecoderConfig]:
-        """The parameters, and which decoder it is. Raises StepAside where they cannot be read."""
-        raise NotImplementedError
-
-    def dab_fast_settings(self) -> dict[str, Any]:
-        """What the original's forward reads elsewhere than in attributes of its modules."""
-        return {}
-
-    def dab_fast_forwards(self) -> tuple[Forward, Forward, bool]:
-        """The original forward, the fast one, and whether they take a `tgt_mask`."""
-        raise NotImplementedError
-
-    def dab_fast_served(self) -> tuple[dict[str, Tensor], DecoderConfig]:
+    def dab_fast_served(self) -> tuple[dict[str, Tensor], Any]:
         """What `dab_fast_read` gives, where nothing has changed that was not probed. Raises StepAside."""
         if compiling():
-            return self.dab_fast_read()
+            return self.dab_fast_read(self)
         tracing = exporting()  # whose graph must not depend on what was asked before
         watch = None if tracing else _WATCHES.get(self)
-        params = None if watch is None else watch.parameters()
-        if watch is not None and params is not None and watch.reading[1] == self.dab_fast_settings():
-            return params, watch.reading[0]
+        tensors = None if watch is None else watch.tensors()
+        if watch is not None and tensors is not None and watch.reading[1] == self.dab_fast_settings(self):
+            return tensors, watch.reading[0]
         if self.dab_fast_code is None:
             self.dab_fast_code = Code(self, self.dab_fast_original)
         if (name := self.dab_fast_code.changed()) is not None:
             raise StepAside(f"{name} was patched after accelerate")
-        params, config = self.dab_fast_read()
-        reason = self._dab_fast_verdict(config)
+        tensors, reading = self.dab_fast_read(self)
+        reason = self._dab_fast_verdict(tensors, reading)
         if reason is not None:
             raise StepAside(reason)
         self.dab_fast_code.add(self)
-        watch = Watch(self, self.dab_fast_code, params, (config, self.dab_fast_settings()))
+        watch = Watch(self, self.dab_fast_code, tensors, (reading, self.dab_fast_settings(self)))
         if watch.whole and not tracing:
             _WATCHES[self] = watch
-        return params, config
+        return tensors, reading
 
     def _dab_fast_description(self) -> Description:
-        return Description(self, self.dab_fast_reads, self.dab_fast_settings())
+        return Description(self, self.dab_fast_reads, self.dab_fast_settings(self))
 
-    def _dab_fast_verdict(self, config: DecoderConfig) -> str | None:
+    def _dab_fast_verdict(self, tensors: dict[str, Tensor], reading: Any) -> str | None:
         now = self._dab_fast_description()
         for known, reason in self.dab_fast_verdicts:
             if known == now:
@@ -209,8 +238,7 @@ class FastDecoder(Fast):
             return f"{changed} keeps changing"
         reason = None
         try:
-            original, fast, tgt_mask = self.dab_fast_forwards()
-            probe(self, config, original, fast, tgt_mask=tgt_mask)
+            self.dab_fast_probe(self, tensors, reading)
         except StepAside as found:
             reason = f"{changed} changed, and {found}" if changed else str(found)
         self.dab_fast_verdicts.append((now, reason))
@@ -220,5 +248,5 @@ class FastDecoder(Fast):
 # A probe takes as long as some calls: what counts its calls, say, is not probed at each.
 _MOST_VERDICTS = 16
 
-# Beside the decoders and not in them: a copy, a replica or a pickle has modules of its own.
+# Beside the modules and not in them: a copy, a replica or a pickle has modules of its own.
 _WATCHES: WeakKeyDictionary[nn.Module, Watch] = WeakKeyDictionary()

@@ -26,12 +26,21 @@ _GRADIENT_TOLERANCE, _NEGLIGIBLE = 1e-2, 1e-3
 Forward = Callable[..., list[Tensor]]
 
 
-def probe(decoder: nn.Module, config: DecoderConfig, original: Forward, fast: Forward, *, tgt_mask: bool) -> None:
+def probe(
+    decoder: nn.Module,
+    params: dict[str, Tensor],  # of the decoder
+    config: DecoderConfig,
+    original: Forward,
+    fast: Forward,
+    *,
+    tgt_mask: bool,  # whether both take one
+) -> None:
     """Raise StepAside unless both forwards agree on a copy with random parameters and no dropout.
 
     In evaluation and in training, with gradients (of inputs and parameters, and with masks) and without, and twice in
     training: what is random there, or counts its calls, is not the original's.
     """
+    _check_parameters(params, config)
     with _neutral():
         try:
             decoder, randn = _randomized_copy(decoder)
@@ -44,7 +53,7 @@ def probe(decoder: nn.Module, config: DecoderConfig, original: Forward, fast: Fo
                 _compare(decoder, original, fast, given, masks, " in training" if training else "")
 
 
-def check_parameters(params: dict[str, Tensor], config: DecoderConfig) -> None:
+def _check_parameters(params: dict[str, Tensor], config: DecoderConfig) -> None:
     """Raise StepAside unless the parameters are those of the decoder that `config` describes."""
     if unknown := params.keys() - parameter_shapes(config).keys() - _unused(params, config):
         raise StepAside(f"the original has no {', '.join(sorted(unknown))}")

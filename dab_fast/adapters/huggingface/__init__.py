@@ -5,8 +5,6 @@ This file needs no transformers; models.py, which does, is imported once a model
 
 from __future__ import annotations
 
-import functools
-
 from torch import nn
 
 from dab_fast.adapters._fast import Fast
@@ -59,31 +57,12 @@ def _renamed_in_layer(name: str, names: dict[str, str]) -> str:
 
 
 def fast_class(module: nn.Module) -> type[Fast] | None:
-    if not is_theirs(module) or why_not(module) is not None:
+    if not is_theirs(module):
         return None
-    return _fast_classes().get(type(module))
-
-
-def why_not(module: nn.Module) -> str | None:
-    if not is_theirs(module) or not isinstance(module, tuple(_fast_classes())):
-        return None
-    if type(module) not in _fast_classes():
-        return f"{type(module).__qualname__} is a subclass, which may compute something else"
-    if "forward" in vars(module):
-        return "its forward is patched"
     from dab_fast.adapters.huggingface import models
 
-    return models.why_not(module)
+    return next((models.FAST_CLASSES[c] for c in type(module).__mro__ if c in models.FAST_CLASSES), None)
 
 
 def is_theirs(module: nn.Module) -> bool:
     return any(c.__module__ == "transformers.models.dab_detr.modeling_dab_detr" for c in type(module).__mro__)
-
-
-@functools.cache
-def _fast_classes() -> dict[type[nn.Module], type[Fast]]:
-    from dab_fast.adapters.huggingface import models
-
-    return {
-        c.dab_fast_original: c for c in (models.DabDetrDecoder, models.DabDetrModel, models.DabDetrForObjectDetection)
-    }

@@ -17,8 +17,8 @@ from transformers.models.dab_detr import modeling_dab_detr as original
 from dab_fast import reference
 from dab_fast._tracing import compiling
 from dab_fast.adapters._description import Code, is_from
-from dab_fast.adapters._fast import DropoutRates, Fast, FastDecoder, same
-from dab_fast.adapters._probe import Forward, check_parameters, probe
+from dab_fast.adapters._fast import DropoutRates, Fast, FastPart, same
+from dab_fast.adapters._probe import probe
 from dab_fast.adapters.huggingface import INVERSE_SIGMOID_EPS, canonical_name
 from dab_fast.config import Activation, DecoderConfig
 from dab_fast.decoder import decode, predict_boxes
@@ -39,18 +39,35 @@ def _is_container(module: nn.Module) -> bool:
     )
 
 
-class DabDetrDecoder(FastDecoder, original.DabDetrDecoder):
+class _Known(Fast):
+    """Mixed into a fast subclass of a class of theirs, which is left alone where its file's code was patched."""
+
+    @classmethod
+    def dab_fast_why_not(cls, module: nn.Module) -> str | None:
+        kind = cls.dab_fast_original
+        if not _is_theirs(kind):
+            return f"{kind.__name__}.forward is patched"
+        if issubclass(cls, FastPart) and (name := Code(module, kind).foreign(module, kind)) is not None:
+            return f"{name} is patched"
+        return super().dab_fast_why_not(module)
+
+
+class DabDetrDecoder(_Known, FastPart, original.DabDetrDecoder):
     dab_fast_original = original.DabDetrDecoder
+    dab_fast_serves = ("decoder",)
     dab_fast_reads = frozenset(("dropout", "attention_dropout", "activation_dropout", "gradient_checkpointing"))
 
-    def dab_fast_read(self) -> tuple[dict[str, Tensor], DecoderConfig]:
-        return read(self)
+    @staticmethod
+    def dab_fast_read(module: Any) -> tuple[dict[str, Tensor], DecoderConfig]:
+        return read(module)
 
-    def dab_fast_settings(self) -> dict[str, Any]:
-        return settings(self)
+    @staticmethod
+    def dab_fast_settings(module: Any) -> dict[str, Any]:
+        return settings(module)
 
-    def dab_fast_forwards(self) -> tuple[Forward, Forward, bool]:
-        return original_forward, fast_forward, False
+    @staticmethod
+    def dab_fast_probe(module: Any, tensors: dict[str, Tensor], reading: DecoderConfig) -> None:
+        probe(module, tensors, reading, original_forward, fast_forward, tgt_mask=False)
 
     def forward(
         self,
@@ -123,25 +140,6 @@ class DabDetrDecoder(FastDecoder, original.DabDetrDecoder):
         return x if autocast_on(x) else x.to(self.layernorm.weight.dtype)
 
 
-def why_not(module: nn.Module) -> str | None:
-    """Why a module of one of their exact classes is left as it is, or None."""
-    if not _is_theirs(type(module)):
-        return f"{type(module).__name__}.forward is patched"
-    if isinstance(module, original.DabDetrDecoder):
-        if (name := Code(module, type(module)).foreign(module, type(module))) is not None:
-            return f"{name} is patched"
-        try:
-            params, config = read(module)
-        except StepAside:
-            return None  # a call steps aside until what keeps it away has gone
-        try:
-            check_parameters(params, config)
-            probe(module, config, original_forward, fast_forward, tgt_mask=False)
-        except StepAside as reason:
-            return str(reason)
-    return None
-
-
 # The forwards as their file has them; None where it was patched before.
 _FORWARDS: dict[type[nn.Module], Any] = {
     kind: kind.forward if is_from(kind.forward, {"transformers"}) else None
@@ -164,8 +162,8 @@ def _is_theirs(kind: type[nn.Module]) -> bool:
 
 
 def _is_known(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a call of `module` is a call of their forward of `kind`, and of nothing else."""
-    return type(module) is kind and _is_theirs(kind) and _is_unhooked(module)
+    """Whether a call of `module`, accelerated or not, computes their forward of `kind`, and nothing else."""
+    return getattr(module, "dab_fast_original", type(module)) is kind and _is_theirs(kind) and _is_unhooked(module)
 
 
 def _is_unhooked(module: nn.Module) -> bool:
@@ -228,8 +226,9 @@ def original_forward(
     return [out.intermediate_hidden_states, out.reference_points]
 
 
-class DabDetrModel(Fast, original.DabDetrModel):
+class DabDetrModel(_Known, original.DabDetrModel):
     dab_fast_original = original.DabDetrModel
+    dab_fast_serves = ("decoder",)
 
     def forward(
         self,
@@ -308,8 +307,9 @@ class DabDetrModel(Fast, original.DabDetrModel):
         )
 
 
-class DabDetrForObjectDetection(Fast, original.DabDetrForObjectDetection):
+class DabDetrForObjectDetection(_Known, original.DabDetrForObjectDetection):
     dab_fast_original = original.DabDetrForObjectDetection
+    dab_fast_serves = ("head",)
 
     def forward(
         self,
@@ -376,7 +376,10 @@ class DabDetrForObjectDetection(Fast, original.DabDetrForObjectDetection):
         )
 
 
-for _class in (DabDetrDecoder, DabDetrModel, DabDetrForObjectDetection):
+FAST_CLASSES: dict[type[nn.Module], type[Fast]] = {
+    fast.dab_fast_original: fast for fast in (DabDetrDecoder, DabDetrModel, DabDetrForObjectDetection)
+}
+for _class in FAST_CLASSES.values():
     _class.__doc__ = f"Hugging Face's {_class.__name__} with the forward of dab_fast."
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from dab_fast import reference
 from dab_fast._tracing import apart, compiling
-from dab_fast.adapters._fast import DropoutRates, FastDecoder, same
-from dab_fast.adapters._probe import Forward, seeded_randn
+from dab_fast.adapters._fast import DropoutRates, FastPart, same
+from dab_fast.adapters._probe import probe, seeded_randn
 from dab_fast.config import Activation, DecoderConfig
 from dab_fast.decoder import decode
 from dab_fast.parameters import StepAside, gather
@@ -73,7 +73,7 @@ def run(
     refpoints_unsigmoid: Tensor,  # [Q, B, query_dim]
 ) -> list[Tensor]:  # [L, B, Q, D], [L or 1, B, Q, query_dim]
     """The fast forward of a decoder of this codebase."""
-    params, config = decoder.dab_fast_served() if isinstance(decoder, FastDecoder) else read(decoder)
+    params, config = decoder.dab_fast_served() if isinstance(decoder, FastPart) else read(decoder)
     output, _ = decode(
         params,
         config,
@@ -99,24 +99,40 @@ def original_forward(
     decoder: nn.Module, content: Tensor, memory: Tensor, pos: Tensor, anchors: Tensor, **masks: Tensor | None
 ) -> list[Tensor]:
     """As `_probe.Forward`; hooks are not called."""
-    kind = decoder.dab_fast_original if isinstance(decoder, FastDecoder) else type(decoder)
+    kind = decoder.dab_fast_original if isinstance(decoder, FastPart) else type(decoder)
     tgt, memory, pos, anchors = (x.transpose(0, 1) for x in (content, memory, pos, anchors))
     output = kind.forward(decoder, tgt, memory, pos=pos, refpoints_unsigmoid=anchors, **masks)
     return list(output)
 
 
-class FastTransformerDecoder(FastDecoder):
+class FastTransformerDecoder(FastPart):
     """Mixed into a subclass of the user's own `TransformerDecoder`."""
 
+    dab_fast_serves = ("decoder",)
     dab_fast_reads = frozenset(("dropout", "p"))
     dab_fast_names: ClassVar[tuple[str, ...]]  # of the arguments of the original's forward, in its order
     dab_fast_unread: ClassVar[frozenset[str]]  # those that it takes and never reads
 
-    def dab_fast_read(self) -> tuple[dict[str, Tensor], DecoderConfig]:
-        return read(self)
+    @staticmethod
+    def dab_fast_read(module: Any) -> tuple[dict[str, Tensor], DecoderConfig]:
+        return read(module)
 
-    def dab_fast_forwards(self) -> tuple[Forward, Forward, bool]:
-        return original_forward, fast_forward, True
+    @staticmethod
+    def dab_fast_probe(module: Any, tensors: dict[str, Tensor], reading: DecoderConfig) -> None:
+        probe(module, tensors, reading, original_forward, fast_forward, tgt_mask=True)
+
+    @classmethod
+    def dab_fast_why_not(cls, module: nn.Module) -> str | None:
+        """A structure alone says little: what cannot be read or probed now is left as it is."""
+        if any(kind.__module__.startswith("dab_fast.") for kind in type(module).__mro__):
+            return f"{type(module).__qualname__} is fast already"
+        try:
+            if "forward" in vars(module):
+                raise StepAside("its forward is patched")
+            cls.dab_fast_probe(module, *read(module))
+        except StepAside as reason:
+            return f"{type(module).__module__}.{type(module).__qualname__}: {reason}"
+        return None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original's arguments and results."""
@@ -191,7 +207,7 @@ def _check_masks(
 
 
 @functools.cache
-def fast_subclass(original: type[nn.Module]) -> type[FastDecoder]:
+def fast_subclass(original: type[nn.Module]) -> type[FastPart]:
     names, unread = _signature(original.forward)
     body = {
         "dab_fast_original": original,
