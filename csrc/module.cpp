@@ -225,9 +225,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   for (size_t i = 0; i < 4; ++i) dtypes[i] = dab_fast::kDTypeNames[i];
   m.attr("DTYPES") = dtypes;
   py::dict scales;
-  scales["full"] = int(Scale::full);
-  scales["one"] = int(Scale::one);
-  scales["row"] = int(Scale::row);
+  scales["per_element"] = int(Scale::per_element);
+  scales["per_box"] = int(Scale::per_box);
+  scales["shared"] = int(Scale::shared);
   m.attr("SCALES") = scales;
   bind_cpu(m);
 #if defined(DAB_CUDA)

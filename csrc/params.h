@@ -27,9 +27,9 @@ constexpr int kMaxFeats = 512;  // features of one coordinate
 // What the query's sine embedding is multiplied by.
 enum class Scale : int {
   none,
-  full,  // [..., 2F]
-  one,   // [..., 1]
-  row,   // [2F], one row for all
+  per_element,  // [..., 2F]
+  per_box,      // [..., 1]
+  shared,       // [2F], by all boxes
 };
 
 struct PositionEmbed {
@@ -48,7 +48,7 @@ struct PositionEmbed {
   Operand d_boxes;             // [..., n]
   Operand d_scale;             // as scale
   Operand d_logits;            // [..., 2]
-  void* partial = nullptr;     // [partial rows, 2F] in the computing type, for Scale::row
+  void* partial = nullptr;     // [partial rows, 2F] in the computing type, for Scale::shared
 };
 
 constexpr int kBoxOutputs = 4;

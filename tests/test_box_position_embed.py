@@ -19,7 +19,7 @@ from tests.support.accuracy import assert_accurate, assert_as_specified
 class EmbeddingCase:
     lead: tuple[int, ...] = (2, 7)
     coords: int = 4
-    scale: str | None = "element"  # "row": one number per box; "feature": one row for all boxes; "number"
+    scale: str | None = "per_element"  # "per_box": one number per box; "shared": one row for all boxes; "number"
     modulate: bool = True
     num_feats: int = 16
     temperature: float = 10000.0
@@ -34,9 +34,9 @@ class EmbeddingCase:
 
     def inputs(self) -> dict[str, Tensor | None]:
         scales = {
-            "element": (*self.lead, 2 * self.num_feats),
-            "row": (*self.lead, 1),
-            "feature": (2 * self.num_feats,),
+            "per_element": (*self.lead, 2 * self.num_feats),
+            "per_box": (*self.lead, 1),
+            "shared": (2 * self.num_feats,),
             "number": (1,),
         }
         inputs = {
@@ -94,19 +94,22 @@ CASES = [
     EmbeddingCase(lead=(0, 7)),
     EmbeddingCase(lead=()),
     EmbeddingCase(lead=(2, 3, 5)),
-    EmbeddingCase(lead=(), scale="row", modulate=False, coords=2),
+    EmbeddingCase(lead=(), scale="per_box", modulate=False, coords=2),
     *(
         EmbeddingCase(scale=s, modulate=m)
-        for s, m in itertools.product(("row", "feature", "number", None), (True, False))
+        for s, m in itertools.product(("per_box", "shared", "number", None), (True, False))
     ),
-    EmbeddingCase(scale="feature", lead=(301,), num_feats=32),
-    *(EmbeddingCase(coords=2, scale=s, modulate=False) for s in ("element", None)),
+    EmbeddingCase(scale="shared", lead=(301,), num_feats=32),
+    *(EmbeddingCase(coords=2, scale=s, modulate=False) for s in ("per_element", None)),
     *(EmbeddingCase(num_feats=f, lead=(37,)) for f in (2, 6, 22, 128)),
     EmbeddingCase(order="xywh"),
     EmbeddingCase(order="xywh", coords=2, modulate=False),
     EmbeddingCase(temperature=20.0),
     *(EmbeddingCase(layout=layout) for layout in ("permuted", "sliced", "columns")),
-    *(EmbeddingCase(dtype=dtype, scale=s) for dtype, s in itertools.product(HALVES, ("element", "row", "feature"))),
+    *(
+        EmbeddingCase(dtype=dtype, scale=s)
+        for dtype, s in itertools.product(HALVES, ("per_element", "per_box", "shared"))
+    ),
     *(EmbeddingCase(dtype=dtype, box_dtype=dtype, layout="sliced") for dtype in HALVES),
 ]
 
@@ -126,7 +129,7 @@ def test_forward_and_gradients_on_a_gpu(case, dtype):
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("dtype", (torch.float32, *HALVES))
-@pytest.mark.parametrize("scale", ("element", "row", "feature", "number", None))
+@pytest.mark.parametrize("scale", ("per_element", "per_box", "shared", "number", None))
 @pytest.mark.parametrize("queries", (0, 1, 7, 37, 300, 301))
 def test_forward_and_gradients_over_the_matrix(queries, scale, dtype):
     variants = itertools.cycle(itertools.product((4, 2), ("yxwh", "xywh"), (10, 128)))
@@ -188,7 +191,7 @@ def test_directional_finite_difference():
 
 
 def test_same_bits_in_every_run():
-    case = EmbeddingCase(lead=(2, 301), scale="feature", num_feats=32)
+    case = EmbeddingCase(lead=(2, 301), scale="shared", num_feats=32)
     inputs, cotangents = case.inputs(), case.cotangents()
     with ops.backend("triton"):
         first, second = (outputs_and_gradients(case.call(ops.box_position_embed), inputs, cotangents) for _ in range(2))

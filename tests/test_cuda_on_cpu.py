@@ -37,7 +37,7 @@ def check(emulation, function, specification, make_inputs, rows, shapes):
 
 def check_embedding(emulation, rows, feats, n, kind, dtype):
     options = {"num_feats": feats, "temperature": 20.0, "order": "xywh" if n == 1 else "yxwh"}
-    scales = {"full": (rows, 2 * feats), "one": (rows, 1), "row": (2 * feats,)}
+    scales = {"per_element": (rows, 2 * feats), "per_box": (rows, 1), "shared": (2 * feats,)}
 
     def make_inputs():
         # Of similar size, so that the gradient of the smallest box, with 1 / size^2, is not all that counts.
@@ -53,7 +53,7 @@ def check_embedding(emulation, rows, feats, n, kind, dtype):
         check(emulation, ours, theirs, make_inputs, rows, shapes)
 
 
-KINDS = [(1, None), *((n, kind) for n in (2, 4) for kind in (None, "full", "one", "row"))]
+KINDS = [(1, None), *((n, kind) for n in (2, 4) for kind in (None, "per_element", "per_box", "shared"))]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -114,12 +114,12 @@ def test_nothing_around_the_operands_is_read_or_written(rows, width, cuda_on_cpu
     )
     results = []
     with cuda_on_cpu.instead_of_cpu():
-        for kind, shape in (("full", (rows, 2 * width)), ("one", (rows, 1)), ("row", (2 * width,))):
+        for kind, shape in (("per_element", (rows, 2 * width)), ("per_box", (rows, 1)), ("shared", (2 * width,))):
             scale, options = given(*shape), (4, width, 20.0, False, _call.C.SCALES[kind])
             found = [wanted(rows, 4 * width), wanted(rows, 2 * width)]
             _call.run("box_position_embed", options, (boxes, scale, logits), found)
             grads = [wanted(rows, 4), wanted(*shape), wanted(rows, 2)]
-            sums = 2 * width if kind == "row" else 0
+            sums = 2 * width if kind == "shared" else 0
             inputs = (boxes, scale, logits, d_sine, d_query)
             _call.run("box_position_embed_backward", (*options, True), inputs, grads, sums)
             results += found + grads

@@ -77,7 +77,7 @@ OF_GRADIENTS = {"shifted": shifted, "wider": wider}
 
 
 @pytest.mark.parametrize("order, n", [("yxwh", 4), ("xywh", 4), ("yxwh", 2), ("xywh", 2)])
-@pytest.mark.parametrize("kind", [None, "full", "one", "row", "number"])
+@pytest.mark.parametrize("kind", [None, "per_element", "per_box", "shared", "number"])
 @pytest.mark.parametrize(
     "dtypes",
     [
@@ -92,7 +92,7 @@ OF_GRADIENTS = {"shifted": shifted, "wider": wider}
 def test_box_position_embed(dtypes, kind, order, n, device):
     boxes_dtype, scale_dtype, dtype = dtypes
     feats = 24  # 3 vectors of 8, less than a warp has lanes
-    shapes = {"full": (2, 7, 2 * feats), "one": (2, 7, 1), "row": (2 * feats,), "number": (1,)}
+    shapes = {"per_element": (2, 7, 2 * feats), "per_box": (2, 7, 1), "shared": (2 * feats,), "number": (1,)}
     scale = torch.randn(shapes[kind], device=device).to(scale_dtype) if kind else None
     logits = torch.randn(2, 7, 2, device=device).to(scale_dtype) if n == 4 else None
     boxes = some_boxes(2, 7, n, dtype=boxes_dtype, device=device)
@@ -173,9 +173,9 @@ def subsets(count):
     return itertools.product((False, True), repeat=count)
 
 
-@pytest.mark.parametrize("kind", ["full", "one", "row"])
+@pytest.mark.parametrize("kind", ["per_element", "per_box", "shared"])
 def test_any_choice_of_gradients_of_the_embedding(kind, device):
-    shape = {"full": (2, 3, 24), "one": (2, 3, 1), "row": (24,)}[kind]
+    shape = {"per_element": (2, 3, 24), "per_box": (2, 3, 1), "shared": (24,)}[kind]
     boxes, scale, logits = some_boxes(2, 3, 4, device=device), torch.randn(shape, device=device), torch.randn(2, 3, 2)
     inputs = (torch.randn(2, 3, 48).to(device), torch.randn(2, 3, 24).to(device), boxes, scale, logits.to(device))
     every = native_embed.backward(*inputs, 12, 1e4, "yxwh", [True] * 3)
@@ -368,10 +368,10 @@ def test_gradcheck_of_the_box_tail(n):
 
 
 @pytest.mark.parametrize("order", ["yxwh", "xywh"])
-@pytest.mark.parametrize("kind", ["full", "one", "row"])
+@pytest.mark.parametrize("kind", ["per_element", "per_box", "shared"])
 def test_gradcheck_of_the_embedding(kind, order):
     feats = 6
-    shape = {"full": (2, 3, 2 * feats), "one": (2, 3, 1), "row": (2 * feats,)}[kind]
+    shape = {"per_element": (2, 3, 2 * feats), "per_box": (2, 3, 1), "shared": (2 * feats,)}[kind]
     inputs = [some_boxes(2, 3, 4), torch.randn(shape), torch.randn(2, 3, 2)]
     inputs = [x.double().requires_grad_() for x in inputs]
     with ops.backend("native"):

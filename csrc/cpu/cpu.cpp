@@ -104,7 +104,7 @@ void cpu_box_position_embed_backward(PositionEmbed p, double temperature, int th
   inverse_wavelengths(p.num_feats, temperature, wavelengths);
   const int64_t chunks = chunk_count(p.rows), columns = 2 * p.num_feats;
   const bool is_double = p.boxes.dtype == DType::float64;
-  const bool summed = p.d_scale.data && p.scale_kind == Scale::row;
+  const bool summed = p.d_scale.data && p.scale_kind == Scale::shared;
   std::vector<double> partial(summed ? (is_double ? chunks * columns : (chunks * columns + 1) / 2) : 0);
   p.partial = partial.data();
   const int64_t elements = p.rows.count() * p.coordinates * p.num_feats;

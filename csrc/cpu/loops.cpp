@@ -46,7 +46,7 @@ const Real* scale_row(const PositionEmbed& p, int64_t row, const Real* filled, R
   const int width = 2 * p.num_feats;
   if (p.scale_kind == Scale::none) return filled;
   const int64_t offset = row_offset(p.scale, p.rows, row);
-  if (p.scale_kind != Scale::one) return load(p.scale, offset, width, scratch);
+  if (p.scale_kind != Scale::per_box) return load(p.scale, offset, width, scratch);
   Real one = 0;
   const Real factor = *load(p.scale, offset, 1, &one);
   for (int i = 0; i < width; ++i) scratch[i] = factor;
@@ -121,7 +121,7 @@ void position_embed_backward_as(const PositionEmbed& p, const double* inverse_wa
   const int64_t begin = chunk * kChunkRows;
   const int64_t end = begin + kChunkRows < p.rows.count() ? begin + kChunkRows : p.rows.count();
   Real* d_scale_row = nullptr;
-  if (p.d_scale.data && p.scale_kind == Scale::row) {
+  if (p.d_scale.data && p.scale_kind == Scale::shared) {
     d_scale_row = static_cast<Real*>(p.partial) + chunk * 2 * f;
     for (int i = 0; i < 2 * f; ++i) d_scale_row[i] = Real(0);
   }
@@ -184,7 +184,7 @@ void position_embed_backward_as(const PositionEmbed& p, const double* inverse_wa
       }
       if (d_scale_row) {
         for (int i = 0; i < 2 * f; ++i) d_scale_row[i] += d_scale_scratch[i];
-      } else if (p.scale_kind == Scale::one) {
+      } else if (p.scale_kind == Scale::per_box) {
         const Real d_one = Real(d_scale_sum);
         store(p.d_scale, row_offset(p.d_scale, p.rows, row), 1, &d_one);
       } else {

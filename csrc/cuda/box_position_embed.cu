@@ -39,11 +39,11 @@ __device__ __forceinline__ void sine_features(const Embed& e, float coordinate, 
 template <int kVec, bool Vector>
 __device__ __forceinline__ void load_scale(const PositionEmbed& p, int64_t offset, int place, int valid,
                                            float (&scale)[kVec]) {
-  if (p.scale_kind == Scale::full || p.scale_kind == Scale::row) {
+  if (p.scale_kind == Scale::per_element || p.scale_kind == Scale::shared) {
     load<kVec, Vector>(scale, p.scale, offset + place, valid);
     return;
   }
-  const float factor = p.scale_kind == Scale::one ? load_one(p.scale, offset) : 1.0f;
+  const float factor = p.scale_kind == Scale::per_box ? load_one(p.scale, offset) : 1.0f;
 #pragma unroll
   for (int i = 0; i < kVec; ++i) scale[i] = factor;
 }
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kThreads) box_position_embed_forward(const __g
 template <int kVec, bool Vector, bool SumScale>
 __global__ void __launch_bounds__(kThreads) box_position_embed_backward(const __grid_constant__ Embed e) {
   constexpr int kLanes = kThreads / kVec;
-  extern __shared__ float d_scale_sums[];  // [rows of a block, 2F] for Scale::row
+  extern __shared__ float d_scale_sums[];  // [rows of a block, 2F] for Scale::shared
   __shared__ float d_coordinates[kMostRows][4], d_sizes[kMostRows][2], d_scales[kMostRows][2];
   const PositionEmbed& p = e.p;
   const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kThreads) box_position_embed_backward(const __
           }
           if constexpr (SumScale) {
             for (int i = 0; i < kVec && i < valid; ++i) sums[feature + i] += d_scale[i];
-          } else if (p.d_scale.data && p.scale_kind == Scale::full) {
+          } else if (p.d_scale.data && p.scale_kind == Scale::per_element) {
             store<kVec, Vector>(d_scale, p.d_scale, o_d_scale + place, valid);
           }
         }
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kThreads) box_position_embed_backward(const __
         const float d = d_coordinates[place_in_block][slot] + (c > 1 ? d_sizes[place_in_block][c - 2] : 0.0f);
         store_one(d, p.d_boxes, row_offset(p.d_boxes, p.rows, row) + c);
       }
-      if (slot == 0 && p.d_scale.data && p.scale_kind == Scale::one) {
+      if (slot == 0 && p.d_scale.data && p.scale_kind == Scale::per_box) {
         store_one(d_scales[place_in_block][0] + d_scales[place_in_block][1], p.d_scale,
                   row_offset(p.d_scale, p.rows, row));
       }
@@ -196,9 +196,9 @@ Embed embed_of(const PositionEmbed& p, double temperature) {
 }
 
 bool vectorizes(const PositionEmbed& p, int vec) {
-  const bool per_feature = p.scale_kind == Scale::full || p.scale_kind == Scale::row;
+  const bool per_feature = p.scale_kind == Scale::per_element || p.scale_kind == Scale::shared;
   return p.num_feats % vec == 0 && aligned(p.sine, vec) && aligned(p.query_sine, vec) &&
-         (!per_feature || aligned(p.scale, vec)) && (p.scale_kind != Scale::full || aligned(p.d_scale, vec));
+         (!per_feature || aligned(p.scale, vec)) && (p.scale_kind != Scale::per_element || aligned(p.d_scale, vec));
 }
 
 int vector_of(const PositionEmbed& p) {
@@ -236,7 +236,7 @@ void cuda_box_position_embed_backward(const PositionEmbed& p, double temperature
   const Embed e = embed_of(p, temperature);
   if (!e.rows) return;
   const DeviceGuard guard(device);
-  const bool sum_scale = p.scale_kind == Scale::row && p.d_scale.data;
+  const bool sum_scale = p.scale_kind == Scale::shared && p.d_scale.data;
   const int vec = sum_scale ? 4 : vector_of(p);
   const uint32_t rows_of_block = vec / p.coordinates;
   const auto kernel = backward_kernel(p, vec, sum_scale);

@@ -13,8 +13,8 @@ def _scale_kind(scale: Tensor | None, num_feats: int) -> int:
     if scale is None:
         return 0
     if scale.shape[-1] == 1:
-        return C.SCALES["one"]
-    return C.SCALES["row" if scale.dim() == 1 else "full"]
+        return C.SCALES["per_box"]
+    return C.SCALES["shared" if scale.dim() == 1 else "per_element"]
 
 
 def forward(
@@ -60,6 +60,6 @@ def backward(
     kind = _scale_kind(scale, num_feats)
     options = (boxes.shape[-1], num_feats, temperature, order == "xywh", kind, precision.clamp_passes_at_bounds())
     inputs = (boxes, scale, ref_size_logits, d_sine, d_query_sine)
-    summed = found[1] is not None and kind == C.SCALES["row"]
+    summed = found[1] is not None and kind == C.SCALES["shared"]
     run("box_position_embed_backward", options, inputs, found, sums=2 * num_feats if summed else 0)
     return results

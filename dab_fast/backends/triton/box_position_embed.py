@@ -41,10 +41,10 @@ def _sine_cosine(b_c, DECAY: tl.constexpr, PAIRS: tl.constexpr):
 @triton.jit
 def _load_scale(p_scale, s_scale, o_row, m_row, o_q, m_q, SCALE: tl.constexpr):
     """The scale of a tile in fp32, [ROWS, FEATS] or broadcastable to it: of each element, of a row, or of a feature."""
-    if SCALE == "element":
+    if SCALE == "per_element":
         p_s = p_scale + o_row[:, None] * s_scale + o_q[None, :]
         return tl.load(p_s, mask=m_row[:, None] & m_q[None, :], other=0.0).to(tl.float32)
-    elif SCALE == "row":
+    elif SCALE == "per_box":
         return tl.load(p_scale + o_row * s_scale, mask=m_row, other=0.0).to(tl.float32)[:, None]
     else:
         return tl.load(p_scale + o_q, mask=m_q, other=0.0).to(tl.float32)[None, :]
@@ -113,7 +113,7 @@ def backward_kernel(
     p_scale,
     p_logits,
     p_d_boxes,  # [rows, COORDS]
-    p_d_scale,  # as scale; [programs, 2 * NUM_FEATS] in fp32 where SCALE is "feature"
+    p_d_scale,  # as scale; [programs, 2 * NUM_FEATS] in fp32 where SCALE is "shared"
     p_d_logits,  # [rows, 2]
     rows,
     s_d_sine,
@@ -172,9 +172,9 @@ def backward_kernel(
                 b_d_q *= b_m[:, None]
             if NEED_SCALE:
                 b_d_s = b_d_qg * b_m[:, None] if MODULATE else b_d_qg
-                if SCALE == "element":
+                if SCALE == "per_element":
                     tl.store(p_d_scale + o_row[:, None] * (2 * NUM_FEATS) + o_f[None, :], b_d_s, mask=m)
-                elif SCALE == "row":
+                elif SCALE == "per_box":
                     b_d_scale += tl.sum(b_d_s, 1)
                 else:
                     p_s = p_d_scale + tl.program_id(0) * (2 * NUM_FEATS) + o_f
@@ -202,7 +202,7 @@ def backward_kernel(
     if NEED_BOXES and not SINE and COORDS == 4:
         tl.store(p_d_boxes + o_row * 4 + 2, b_d_w, mask=m_row)
         tl.store(p_d_boxes + o_row * 4 + 3, b_d_h, mask=m_row)
-    if NEED_SCALE and SCALE == "row":
+    if NEED_SCALE and SCALE == "per_box":
         tl.store(p_d_scale + o_row, b_d_scale, mask=m_row)
 
 
@@ -210,8 +210,8 @@ def _scale_kind(boxes: Tensor, scale: Tensor | None) -> str:
     if scale is None:
         return "none"
     if scale.shape[-1] == 1:
-        return "row"
-    return "element" if scale.dim() == boxes.dim() else "feature"
+        return "per_box"
+    return "per_element" if scale.dim() == boxes.dim() else "shared"
 
 
 def _options(rows: int, num_feats: int, temperature: float, order: str, backward: bool) -> dict[str, Any]:
@@ -295,7 +295,7 @@ def backward(
     d_boxes = torch.empty_like(boxes, memory_format=torch.contiguous_format) if need_boxes else None
     d_scale = d_logits = None
     if need_scale and scale is not None:
-        shape, dtype = ((programs, 2 * num_feats), torch.float32) if kind == "feature" else (scale.shape, scale.dtype)
+        shape, dtype = ((programs, 2 * num_feats), torch.float32) if kind == "shared" else (scale.shape, scale.dtype)
         d_scale = torch.empty(shape, dtype=dtype, device=boxes.device)
     if need_logits and ref_size_logits is not None:
         d_logits = torch.empty_like(ref_size_logits, memory_format=torch.contiguous_format)
@@ -332,7 +332,7 @@ def backward(
                 BOUNDS_PASS=precision.clamp_passes_at_bounds(),
                 **options,
             )
-    if scale is not None and d_scale is not None and kind == "feature":
+    if scale is not None and d_scale is not None and kind == "shared":
         d_scale = d_scale.sum(0).to(scale.dtype)
     return [x for x in (d_boxes, d_scale, d_logits) if x is not None]
 
@@ -340,7 +340,9 @@ def backward(
 def compile_cases() -> list[CompileCase]:
     """The decoder's call, first layer and others, few rows and many; the embedding alone."""
     cases = []
-    for rows, element, scale in product((300, 9600), ("fp32", "bf16"), ("element", "row", "feature", "none", "alone")):
+    for rows, element, scale in product(
+        (300, 9600), ("fp32", "bf16"), ("per_element", "per_box", "shared", "none", "alone")
+    ):
         query = scale != "alone"
         given = query and scale != "none"
         pointers = {
@@ -348,7 +350,7 @@ def compile_cases() -> list[CompileCase]:
             **dict.fromkeys(("p_sine", "p_d_sine"), element),
             **dict.fromkeys(("p_query", "p_d_query", "p_logits", "p_d_logits"), element if query else None),
             "p_scale": element if given else None,
-            "p_d_scale": (element if scale != "feature" else "fp32") if given else None,
+            "p_d_scale": (element if scale != "shared" else "fp32") if given else None,
         }
         options = {
             "COORDS": 4,
@@ -368,7 +370,7 @@ def compile_cases() -> list[CompileCase]:
                     floats=(),
                     options={**_options(rows, 128, 10000.0, "yxwh", bool(more)), **options, **more},
                     tensor_cores=False,
-                    default=(scale, element, rows) == ("element", "fp32", 300),
+                    default=(scale, element, rows) == ("per_element", "fp32", 300),
                     wide_loads=1.0 if rows > 300 else 0.0,  # a small call has no 16 bytes per thread
                 )
             )
