@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import dab_fast
 from dab_fast import DabDecoder, accuracy, load_checkpoint, measure, validation
+from dab_fast.bench import by_parts
 from dab_fast.cli import demo
 from dab_fast.cli.inputs import InputError
 from dab_fast.cli.main import app
@@ -42,6 +43,7 @@ def photo(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def small_photos(monkeypatch):
     monkeypatch.setattr(demo, "SHORTER", 160)
+    monkeypatch.setattr(demo, "STEP_SIZE", (64, 96))
 
 
 @pytest.fixture(autouse=True)
@@ -71,9 +73,14 @@ def test_demo_json_is_one_object_on_stdout(checkpoint, photo, tmp_path):
     assert 0 <= found["max_box_difference_px"] <= accuracy.DEMO_BOX_PX
     assert found["passed"] and found["failures"] == [] and found["stepped_aside"] == {}
     assert found["size"] == [240, 160] and found["tokens"] == 5 * 8
-    assert found["aten_calls"]["accelerated"] < found["aten_calls"]["original"]
+    assert list(found["parts"]) == ["backbone", "encoder", "decoder", "whole model", "training step"]
+    for part in found["parts"].values():
+        assert part["ms"]["original"] > 0 and part["ms"]["accelerated"] > 0
+        assert part["difference"] < 1e-4
+    for name in ("decoder", "whole model", "training step"):
+        assert found["parts"][name]["aten_calls"]["accelerated"] < found["parts"][name]["aten_calls"]["original"]
+    assert found["peers"] == {}
     assert found["median_box_move_px"] > demo.LEAST_MOVE_PX
-    assert all(found[key][which] > 0 for key in ("decoder_ms", "model_ms") for which in ("original", "accelerated"))
     assert result.stderr
 
 
@@ -391,5 +398,6 @@ def test_the_caught_call_is_the_one_that_the_fast_model_makes(checkpoint):
     model = demo.load_checkpoint(checkpoint)
     dab_fast.accelerate(model)
     with torch.no_grad():
-        _, call = demo._run_and_catch(model, torch.randn(1, 3, 96, 128))
+        _, calls = by_parts.run_and_catch(model, torch.randn(1, 3, 96, 128))
+    call = calls["decoder"]
     assert call.keywords["spatial_shape"] == (3, 4) and call.keywords["memory_key_padding_mask"] is None

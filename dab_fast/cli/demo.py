@@ -9,19 +9,21 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
+from torch.nn import functional
 
 import dab_fast
-from dab_fast import accuracy, checkpoint, measure
+from dab_fast import accuracy, checkpoint
+from dab_fast.bench import by_parts
+from dab_fast.bench.by_parts import Part, Peer
 from dab_fast.cli.inputs import InputError
 
 SHORTER, LONGER = 800, 1333  # the usual resize of DETR: the shorter side to 800, the longer at most 1333
@@ -29,21 +31,10 @@ PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of Image
 
 BUSY = 1.5  # times that vary by more than this factor between rounds say little
 LEAST_ROUNDS = 3
+STEP_BATCH, STEP_SIZE = 2, (480, 640)  # images of a training step, and their height and width
 LEAST_MOVE_PX = 1.0  # the median box must move this far, or equal boxes say nothing about the decoder
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Pair:
-    """The same figure of both models."""
-
-    original: float
-    accelerated: float
-
-    @property
-    def ratio(self) -> float:
-        return self.original / self.accelerated
 
 
 @dataclass(frozen=True)
@@ -62,12 +53,11 @@ class Comparison:
     original_box_error_px: float  # of the original under autocast against itself in float32; 0 in float32
     original_logit_error: float
     median_box_move_px: float  # from the learned anchors to the predicted boxes
-    decoder_ms: Pair
-    model_ms: Pair
-    rounds: int  # timed, of the fewest of the four
-    times_vary: float  # the slowest round over the fastest, of the worst of the four
-    aten_calls: Pair  # of the decoder
-    own_kernels: Pair  # of the decoder: launches of this package's kernels, which are no ATen calls
+    parts: dict[str, Part]  # by name, the whole model and the training step last
+    step_size: tuple[int, int, int]  # images, width and height of the training step
+    peers: dict[str, Peer]  # empty unless asked for
+    rounds: int  # timed, of the fewest
+    times_vary: float  # the slowest round over the fastest, of the worst of all
     stepped_aside: dict[str, dict[str, int]]  # module to reason to number of calls
 
     # In half precision ours is compared with the original in float32, where the original under autocast errs too.
@@ -288,6 +278,7 @@ def run(
     device: torch.device,
     dtype: torch.dtype,
     wreck: bool = False,
+    with_peers: bool = False,
     say: Say = lambda line: None,
 ) -> tuple[Comparison, Detections, Detections]:
     """Compares `model` with its accelerated copy; also returns what each detects.
@@ -298,6 +289,7 @@ def run(
         model: a Hugging Face `DabDetrForObjectDetection` in float32; it is moved to `device`.
         weights: where they come from, for the report.
         dtype: float32, or half precision by autocast: the original refuses half-precision parameters.
+        with_peers: time what else runs the whole model, too.
     """
     original = model.to(device)
     accelerated = copy.deepcopy(original)
@@ -313,28 +305,27 @@ def run(
     say("running both models")
     with torch.no_grad():
         exact: Any = original(pixel_values) if half else None
-        with precision():
-            theirs, original_decoder = _run_and_catch(original, pixel_values)
-            ours, accelerated_decoder = _run_and_catch(accelerated, pixel_values)
+        with precision(), ExitStack() as stack:
+            theirs, their_calls = by_parts.run_and_catch(original, pixel_values)
+            ours, our_calls = by_parts.run_and_catch(accelerated, pixel_values)
             exact = exact if half else theirs
-            anchors = accelerated_decoder().reference_points[0]
-            say("counting ATen calls")
-            counts = [measure.count(call) for call in (original_decoder, accelerated_decoder)]
-            say("timing the decoders, then the whole models, in turn")
-            decoders = measure.interleaved_times(
-                {"original": original_decoder, "accelerated": accelerated_decoder}, 11, seconds=8, device=device
-            )
-            models = measure.interleaved_times(
-                {"original": lambda: original(pixel_values), "accelerated": lambda: accelerated(pixel_values)},
-                5,
-                warmup=0,
-                seconds=15,
-                device=device,
-            )
+            anchors = our_calls["decoder"]().reference_points[0]
+            peers: dict[str, Any] = {}
+            if with_peers:
+                say("compiling the model for its peers")
+                peers = stack.enter_context(by_parts.peers(original, pixel_values))
+            say("counting and timing the parts and the whole models, in turn")
+            calls = {part: (their_calls[part], our_calls[part]) for part in their_calls}
+            parts, found, times = by_parts.compare(original, accelerated, calls, pixel_values, peers)
+    say("counting and timing training steps, in turn")
+    step_images = functional.interpolate(pixel_values, size=STEP_SIZE).expand(STEP_BATCH, -1, -1, -1).contiguous()
+    with precision():
+        parts[by_parts.STEP], more = by_parts.compare_steps(original, accelerated, step_images, _labels(device))
+    rounds = [t.best for t in (times | more).values()]
     comparison = Comparison(
         image=name,
         size=image.size,
-        tokens=accelerated_decoder.tokens,
+        tokens=our_calls["decoder"].keywords["encoder_hidden_states"].shape[1],
         weights=weights,
         device=_describe(device),
         dtype=str(dtype).removeprefix("torch."),
@@ -342,13 +333,23 @@ def run(
         if half
         else "accelerated against original",
         **_differences(theirs, ours, exact, anchors, image.size),
-        **_times(decoders, models),
-        aten_calls=Pair(*(c.aten.total() for c in counts)),
-        own_kernels=Pair(*(c.kernels.total() for c in counts)),
+        parts=parts,
+        step_size=(STEP_BATCH, STEP_SIZE[1], STEP_SIZE[0]),
+        peers=found,
+        rounds=min(len(times) for times in rounds),
+        times_vary=max(max(times) / min(times) for times in rounds),
         stepped_aside=report.stepped_aside,
     )
     answers = [Detections(x.logits[0].float().cpu(), x.pred_boxes[0].float().cpu()) for x in (exact, ours)]
     return comparison, answers[0], answers[1]
+
+
+def _labels(device: torch.device) -> list[dict[str, Tensor]]:
+    """Three objects in each image of the training step."""
+    boxes = torch.tensor([[0.5, 0.4, 0.3, 0.2], [0.25, 0.6, 0.1, 0.4], [0.7, 0.7, 0.4, 0.3]], device=device)
+    return [
+        {"class_labels": torch.tensor([0, 1, 1], device=device), "boxes": boxes + 0.01 * i} for i in range(STEP_BATCH)
+    ]
 
 
 def _differences(
@@ -374,52 +375,6 @@ def _differences(
         "original_logit_error": logit_difference(theirs, exact),
         "median_box_move_px": ((ours.pred_boxes - anchors).abs() * pixels)[..., :2].norm(dim=-1).median().item(),
     }
-
-
-def _times(decoders: dict[str, measure.Times], models: dict[str, measure.Times]) -> dict[str, Any]:
-    """Fields of `Comparison`: medians, and how much the rounds say."""
-    rounds = [t.best for both in (decoders, models) for t in both.values()]
-    decoder_ms, model_ms = (
-        Pair(*(1e3 * both[key].quantile(0.5) for key in ("original", "accelerated"))) for both in (decoders, models)
-    )
-    return {
-        "decoder_ms": decoder_ms,
-        "model_ms": model_ms,
-        "rounds": min(len(times) for times in rounds),
-        "times_vary": max(max(times) / min(times) for times in rounds),
-    }
-
-
-@dataclass(frozen=True)
-class _DecoderCall:
-    """A call of a model's decoder with the arguments that the model gives it."""
-
-    decoder: nn.Module
-    arguments: tuple[Any, ...]
-    keywords: dict[str, Any]
-
-    def __call__(self) -> Any:
-        return self.decoder(*self.arguments, **self.keywords)
-
-    @property
-    def tokens(self) -> int:
-        return self.keywords["encoder_hidden_states"].shape[1]
-
-
-def _run_and_catch(model: Any, pixel_values: Tensor) -> tuple[Any, _DecoderCall]:
-    """The model's outputs on the photo, and the call of its decoder that happened inside."""
-    caught: list[_DecoderCall] = []
-    kind = type(model.model.decoder)
-    forward = kind.forward
-
-    def catch(decoder: nn.Module, *arguments: Any, **keywords: Any) -> Any:
-        caught.append(_DecoderCall(decoder, arguments, keywords))
-        return forward(decoder, *arguments, **keywords)
-
-    # Not by a hook: the fast model gives a decoder that somebody looks at the original's arguments, without shortcuts.
-    with mock.patch.object(kind, "forward", catch):
-        outputs = model(pixel_values)
-    return outputs, caught[0]
 
 
 def _describe(device: torch.device) -> str:

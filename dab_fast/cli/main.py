@@ -65,6 +65,10 @@ def demo(
     output: Annotated[Path, typer.Option(help="The picture to write: .png, .jpg, .pdf or .svg")] = Path(
         "dab_fast_demo.png"
     ),
+    peers: Annotated[
+        bool,
+        typer.Option("--peers", help="Time torch.compile too, and on a CPU ONNX Runtime and OpenVINO if installed."),
+    ] = False,
     wreck: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
     """Run DAB-DETR-R50 and its accelerated copy on a photo: the same boxes? how many calls? how long?"""
@@ -92,6 +96,7 @@ def demo(
         device=chosen_device,
         dtype=chosen_dtype,
         wreck=wreck,
+        with_peers=peers,
         say=_say,
     )
     draw(output, photo, comparison, original, accelerated, model.config.id2label if checkpoint else None)
@@ -153,6 +158,7 @@ def _print_comparison(comparison: Comparison, picture: Path) -> None:
 
     console = Console()
     console.print(_table(comparison))
+    console.print(_table_of_parts(comparison))
     for failure in comparison.failures:
         console.print(f"[bold red]FAIL[/] {failure}", highlight=False)
     if not comparison.failures:
@@ -173,7 +179,7 @@ def _table(comparison: Comparison) -> Table:
     where = f"{c.image} at {c.size[0]} × {c.size[1]} ({c.tokens} tokens), {c.device}, {c.dtype}"
     table = Table(
         title=f"DAB-DETR, {c.weights}\n{where}",
-        caption=f"differences: {c.compared}; times: medians of calls in turn",
+        caption=f"differences: {c.compared}",
         title_style="bold",
         caption_style="dim",
     )
@@ -192,17 +198,39 @@ def _table(comparison: Comparison) -> Table:
         f"{c.max_logit_difference:.2g}",
         f"allowed {c.allowed_logit_difference:.2g}",
     )
-    table.add_row("a box moves by (median)", "", f"{c.median_box_move_px:.0f} px", "from its anchor", end_section=True)
-    for name, pair in (("decoder", c.decoder_ms), ("whole model", c.model_ms)):
-        gain = "(busy machine)" if c.busy else f"{pair.ratio:.2f} × as fast"
-        table.add_row(f"{name}, ms", f"{pair.original:.0f}", f"{pair.accelerated:.0f}", gain)
-    calls = c.aten_calls
-    table.add_row(
-        "decoder, ATen calls",
-        f"{calls.original:.0f}",
-        f"{calls.accelerated:.0f}",
-        f"{calls.original - calls.accelerated:.0f} fewer",
+    table.add_row("a box moves by (median)", "", f"{c.median_box_move_px:.0f} px", "from its anchor")
+    return table
+
+
+def _table_of_parts(comparison: Comparison) -> Table:
+    from rich.table import Table
+
+    c = comparison
+    images, width, height = c.step_size
+    table = Table(
+        title="by parts",
+        caption="times: medians of calls in turn; difference: the largest, in units of the largest number\n"
+        f"training step: {images} images of {width} × {height}, forward, loss and backward",
+        title_style="bold",
+        caption_style="dim",
     )
-    if c.own_kernels.accelerated:
-        table.add_row("decoder, own kernels", "", f"{c.own_kernels.accelerated:.0f}", "beside these")
+    table.add_column("")
+    for column in ("ms", "as fast", "ATen calls", "difference"):
+        table.add_column(column, justify="right")
+
+    def gain(ratio: float) -> str:
+        return "(busy)" if c.busy else f"{ratio:.2f} ×"
+
+    for name, part in c.parts.items():
+        kernels = f" + {part.own_kernels.accelerated:.0f}" if part.own_kernels.accelerated else ""
+        table.add_row(
+            name,
+            f"{part.ms.original:.0f} → {part.ms.accelerated:.0f}",
+            gain(part.ms.ratio),
+            f"{part.aten_calls.original:.0f} → {part.aten_calls.accelerated:.0f}{kernels}",
+            f"{part.difference:.1e}",
+        )
+    original = c.parts["whole model"].ms.original
+    for name, peer in c.peers.items():
+        table.add_row(name, f"{peer.ms:.0f}", gain(original / peer.ms), "", f"{peer.max_box_difference:.1e}")
     return table

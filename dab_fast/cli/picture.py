@@ -187,10 +187,11 @@ def _headline(comparison: Comparison) -> str:
 
 def _subtitle(comparison: Comparison) -> str:
     c = comparison
+    calls = c.parts["whole model"].aten_calls
     return "   ·   ".join(
         (
             f"{c.image} at {c.size[0]} × {c.size[1]}, {c.device}, {c.dtype}",
             c.weights,
-            f"ATen calls of the decoder {c.aten_calls.original:.0f} → {c.aten_calls.accelerated:.0f}",
+            f"ATen calls {calls.original:.0f} → {calls.accelerated:.0f}",
         )
     )
