@@ -58,8 +58,9 @@ def accelerate(model: nn.Module, *, parts: Collection[str] = PARTS, recompute: b
         model: a Hugging Face `DabDetrForObjectDetection`, `DabDetrModel` or `DabDetrDecoder`, a `TransformerDecoder`
             of IDEA-Research/DAB-DETR or DN-DETR, or any module with one inside. What torch.compile returned is one, and
             compiles anew at its next call; what torch.jit or torch.export made of a module is none.
-        parts: which parts of the model, of "backbone", "encoder", "decoder", "head" and "criterion". When a model is
-            accelerated again, the last call's `parts` and `recompute` hold.
+        parts: which parts of the model, of "backbone", "encoder", "decoder", "head" and "criterion"; so far none of
+            the first two is known. Hugging Face's head calls its criterion, which is fast only where the head is. When
+            a model is accelerated again, the last call's `parts` and `recompute` hold.
         recompute: in training keep only the decoder layers' inputs for backward, and compute the layers again there:
             less memory for more time. A Hugging Face decoder whose layers have `gradient_checkpointing` set is
             recomputed without it (transformers 5.23 itself refuses `gradient_checkpointing_enable()` for DAB-DETR).
@@ -109,7 +110,7 @@ def _replace(model: nn.Module, parts: tuple[str, ...]) -> tuple[dict[str, Fast],
             continue
         if not _is_accelerated(module):
             fast_class = next(filter(None, (adapter.fast_class(module) for adapter in adapters)), None)
-            if fast_class is None or not set(fast_class.dab_fast_serves) & set(parts):
+            if fast_class is None or fast_class.dab_fast_serves[0] not in parts:
                 continue
             if reason := fast_class.dab_fast_why_not(module):
                 not_replaced[name] = reason
@@ -117,7 +118,8 @@ def _replace(model: nn.Module, parts: tuple[str, ...]) -> tuple[dict[str, Fast],
             module.__class__ = fast_class
             module.dab_fast_begin()
         assert isinstance(module, Fast)
-        module.dab_fast_parts = tuple(part for part in module.dab_fast_serves if part in parts)
+        serves = module.dab_fast_serves
+        module.dab_fast_parts = tuple(part for part in serves if part in parts and serves[0] in parts)
         if module.dab_fast_parts:
             replaced[name] = module
     return replaced, not_replaced

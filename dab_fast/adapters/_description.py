@@ -90,12 +90,15 @@ class Code:
                 return shown
         return None
 
-    def foreign(self, root: nn.Module, original: type[nn.Module]) -> str | None:
+    def foreign(self, root: nn.Module, original: type[nn.Module], also: Collection[str] = ()) -> str | None:
         """The name of a forward, or of a function it calls, that is not from the packages of the classes here.
 
         A class of another package, such as an adapter's, is not looked at: no fast forward reads it.
+
+        Args:
+            also: further packages that the original takes functions from.
         """
-        packages = {"torch", original.__module__.partition(".")[0]}
+        packages = {"torch", original.__module__.partition(".")[0], *also}
         for kind in {original, *(type(module) for module in root.modules() if module is not root)}:
             if kind.__module__.partition(".")[0] in packages:
                 for name in ("forward", "__call__"):

@@ -52,7 +52,7 @@ class Fast(nn.Module):
     """
 
     dab_fast_original: ClassVar[type[nn.Module]]
-    dab_fast_serves: ClassVar[tuple[str, ...]]  # parts of the model, by their names in `PARTS`
+    dab_fast_serves: ClassVar[tuple[str, ...]]  # names in `PARTS`; the others are served only with the first
     dab_fast_active = False  # whether `accelerate` made this instance
     dab_fast_parts: tuple[str, ...] = ()  # of those that it serves, the ones asked for; without any, the original's
     dab_fast_recompute = False  # keep only the layers' inputs for backward

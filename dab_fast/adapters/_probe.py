@@ -41,7 +41,7 @@ def probe(
     training: what is random there, or counts its calls, is not the original's.
     """
     _check_parameters(params, config)
-    with _neutral():
+    with neutral():
         try:
             decoder, randn = _randomized_copy(decoder)
         except Exception as error:
@@ -82,7 +82,7 @@ def _unused(params: dict[str, Tensor], config: DecoderConfig) -> set[str]:
 
 
 @contextlib.contextmanager
-def _neutral() -> Iterator[None]:
+def neutral() -> Iterator[None]:
     """Whatever dtype, device, autocast or mode the caller has made the default."""
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)

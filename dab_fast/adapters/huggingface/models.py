@@ -19,7 +19,7 @@ from dab_fast._tracing import compiling
 from dab_fast.adapters._description import Code, is_from
 from dab_fast.adapters._fast import DropoutRates, Fast, FastPart, same
 from dab_fast.adapters._probe import probe
-from dab_fast.adapters.huggingface import INVERSE_SIGMOID_EPS, canonical_name
+from dab_fast.adapters.huggingface import INVERSE_SIGMOID_EPS, canonical_name, criterion
 from dab_fast.config import Activation, DecoderConfig
 from dab_fast.decoder import decode, predict_boxes
 from dab_fast.parameters import StepAside, check_unhooked, gather
@@ -309,7 +309,7 @@ class DabDetrModel(_Known, original.DabDetrModel):
 
 class DabDetrForObjectDetection(_Known, original.DabDetrForObjectDetection):
     dab_fast_original = original.DabDetrForObjectDetection
-    dab_fast_serves = ("head",)
+    dab_fast_serves = ("head", "criterion")
 
     def forward(
         self,
@@ -351,9 +351,7 @@ class DabDetrForObjectDetection(_Known, original.DabDetrForObjectDetection):
         loss = loss_dict = auxiliary_outputs = None
         if labels is not None:
             classes = self.class_embed(hidden_states) if self.config.auxiliary_loss else None
-            loss, loss_dict, auxiliary_outputs = self.loss_function(
-                logits, labels, self.device, boxes[-1], self.config, classes, boxes
-            )
+            loss, loss_dict, auxiliary_outputs = self._dab_fast_loss(logits, labels, boxes, classes)
         return original.DabDetrObjectDetectionOutput(
             loss=loss,
             loss_dict=loss_dict,
@@ -374,6 +372,16 @@ class DabDetrForObjectDetection(_Known, original.DabDetrForObjectDetection):
                 if outputs.get(key) is not None
             },
         )
+
+    def _dab_fast_loss(self, logits: Tensor, labels: Any, boxes: Tensor, classes: Tensor | None) -> Any:
+        """As `criterion.loss`; what is not to be fast, or cannot be, is their `loss_function`'s."""
+        function: Any = self.loss_function
+        if "criterion" in self.dab_fast_parts:
+            try:
+                return criterion.loss(function, logits, labels, boxes, self.config, classes)
+            except StepAside as reason:
+                self.dab_fast_step_aside(reason)
+        return function(logits, labels, self.device, boxes[-1], self.config, classes, boxes)
 
 
 FAST_CLASSES: dict[type[nn.Module], type[Fast]] = {

@@ -6,9 +6,12 @@ with random parameters must give on random queries what the fast forward gives. 
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from dab_fast.adapters._fast import Fast
+from dab_fast.adapters.idea_research import criterion
 from dab_fast.adapters.idea_research.models import INVERSE_SIGMOID_EPS, fast_subclass
 
 __all__ = ["INVERSE_SIGMOID_EPS", "fast_class", "looks_like_decoder"]
@@ -18,7 +21,10 @@ _DECODER_MARKS = {"layers", "norm", "query_scale", "ref_point_head"}
 
 
 def fast_class(module: nn.Module) -> type[Fast] | None:
-    return fast_subclass(type(module)) if looks_like_decoder(module) else None  # type: ignore[arg-type]
+    kind: Any = type(module)
+    if criterion.looks_like_criterion(module):
+        return criterion.fast_subclass(kind)
+    return fast_subclass(kind) if looks_like_decoder(module) else None
 
 
 def looks_like_decoder(module: nn.Module) -> bool:

@@ -1,0 +1,1 @@
+"""The model around the decoder, in fast exact maths: shared by all codebases, which their adapters read."""
