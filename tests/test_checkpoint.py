@@ -155,7 +155,8 @@ def test_huggingface_directory_into_every_kind_of_model(what, sharded, tmp_path,
     decoder = load_checkpoint(path)
     assert decoder.config.inverse_sigmoid_eps == 1e-5 and decoder.config.nhead == 4
     assert (decoder.config.dropout, decoder.config.attention_dropout) == (0.3, 0.1)
-    expected = accelerated_copy(theirs.model.decoder).dab_fast_read()[0]
+    fast = accelerated_copy(theirs.model.decoder)
+    expected = fast.dab_fast_read(fast)[0]
     torch.testing.assert_close(decoder.state_dict(), {name: x.detach() for name, x in expected.items()}, rtol=0, atol=0)
 
 

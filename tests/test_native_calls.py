@@ -104,7 +104,7 @@ def test_every_instruction_set(isa):
         "for d in (torch.float16, torch.bfloat16):\n"
         "    t.test_every_half_precision_number_is_read_and_rounded_as_torch_does(d, 'cpu')\n"
         "f = torch.float32\n"
-        "for kind in (None, 'full', 'one', 'row'):\n"
+        "for kind in (None, 'per_element', 'per_box', 'shared'):\n"
         "    t.test_box_position_embed((f, f, f), kind, 'yxwh', 4, 'cpu')\n"
         "t.test_refine_boxes_kernels((f, f), 32, 4, 0, 'cpu')\n"
     )
