@@ -21,6 +21,7 @@ class Report:
 
     replaced: dict[str, Fast]  # by name in the model; "" is the model itself
     not_replaced: dict[str, str]  # name to reason
+    parts: dict[str, tuple[str, ...]]  # name to the parts of the model that the module serves
     reasons: dict[str, Reasons]  # by name, the modules' own; they outlive `restore`
 
     @property
@@ -31,7 +32,7 @@ class Report:
     def __str__(self) -> str:
         lines = [f"dab_fast: {len(self.replaced)} modules accelerated"]
         for name, module in self.replaced.items():
-            parts = " and ".join(module.dab_fast_parts)
+            parts = " and ".join(self.parts[name])
             lines.append(f"  {name or '(model)'}: {type(module).__name__}, {parts}")
         lines += [f"  {name or '(model)'} left as it is: {reason}" for name, reason in self.not_replaced.items()]
         for name, reasons in self.stepped_aside.items():
@@ -91,7 +92,8 @@ def accelerate(model: nn.Module, *, parts: Collection[str] = PARTS, recompute: b
             f"{type(model).__module__}.{type(model).__qualname__}{' (' + found + ')' if found else ''}"
             f"{_advice(model)}"
         )
-    return Report(replaced, not_replaced, {name: module.dab_fast_reasons for name, module in replaced.items()})
+    parts_of = {name: module.dab_fast_parts for name, module in replaced.items()}
+    return Report(replaced, not_replaced, parts_of, {name: x.dab_fast_reasons for name, x in replaced.items()})
 
 
 def _checked_parts(parts: Collection[str]) -> tuple[str, ...]:
