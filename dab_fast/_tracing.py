@@ -22,6 +22,19 @@ def exporting() -> bool:
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
+F = TypeVar("F", bound=Callable[..., object])
+
+
+def constant_of_a_graph(fn: F) -> F:
+    """fn, whose result torch.compile takes for a constant instead of tracing it.
+
+    What torch.compiler.assume_constant_result does, without its import of torch._dynamo, which takes a second.
+    """
+    fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return fn
+
+
+@constant_of_a_graph
 def _functorch() -> bool:
     return torch._C._are_functorch_transforms_active()
 
@@ -29,10 +42,6 @@ def _functorch() -> bool:
 def transformed() -> bool:
     """Whether torch.func or forward-mode AD is at work, which only plain PyTorch serves."""
     return _functorch() or forward_ad._current_level >= 0
-
-
-# What torch.compiler.assume_constant_result does, without its import of torch._dynamo, which takes a second.
-_functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def constant(x: float) -> float:

@@ -102,7 +102,9 @@ def cotangents(outputs: tuple[Tensor, ...]) -> list[Tensor]:
     for a scalar loss."""
     generator = torch.Generator().manual_seed(1)
     return [
-        torch.ones_like(x) if x.dim() == 0 else torch.randn(x.shape, generator=generator).to(x.device, x.dtype)
+        torch.ones_like(x)
+        if x.dim() == 0
+        else torch.randn(x.shape, generator=generator, device="cpu").to(x.device, x.dtype)
         for x in outputs
     ]
 
@@ -160,7 +162,7 @@ def root_of_squares(specification: Call, inputs: Inputs, d_outputs: list[Tensor]
     squares = {name: torch.zeros_like(x) for name, x in leaves.items()}
     draws = 8
     for _ in range(draws):
-        signs = [torch.randint(2, d.shape, generator=generator).to(d) * 2 - 1 for d in d_outputs]
+        signs = [torch.randint(2, d.shape, generator=generator, device="cpu").to(d) * 2 - 1 for d in d_outputs]
         signed = [d * sign for d, sign in zip(d_outputs, signs, strict=True)]
         for name, g in gradients(outputs, leaves, signed, retain_graph=True).items():
             assert g is not None

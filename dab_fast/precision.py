@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dab_fast._tracing import apart
+from dab_fast._tracing import apart, constant_of_a_graph
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -17,9 +17,15 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+@constant_of_a_graph  # torch 2.11 cannot trace the question
+def _has_autocast(device_type: str) -> bool:
+    """Of some devices, "meta" for one, autocast knows nothing."""
+    return torch.amp.is_autocast_available(device_type)
+
+
 def autocast_on(x: Tensor) -> bool:
-    """Whether autocast is on where x is; of some devices, "meta" for one, autocast knows nothing."""
-    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+    """Whether autocast is on where x is."""
+    return _has_autocast(x.device.type) and torch.is_autocast_enabled(x.device.type)
 
 
 def autocast_off(x: Tensor) -> AbstractContextManager[None]:

@@ -121,6 +121,15 @@ def test_the_root_of_the_squares_of_a_gradients_terms():
     assert found["d_x"].norm().item() == pytest.approx((d_out * weights).norm().item(), rel=0.2)
 
 
+def test_random_numbers_do_not_hang_on_the_default_device():
+    """Which a test on a GPU makes the GPU."""
+    x = torch.ones(3, dtype=torch.float64)
+    expected = accuracy.root_of_squares(torch.sin, {"x": x}), accuracy.cotangents((x,))
+    with torch.device("meta"):
+        found = accuracy.root_of_squares(torch.sin, {"x": x}), accuracy.cotangents((x,))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_a_negligible_gradient_is_compared_with_the_largest():
     exact = {"weight": torch.ones(4), "key_bias": torch.zeros(4), "unused": None}
     found = accuracy.gradient_errors({"weight": torch.ones(4), "key_bias": torch.full((4,), 1e-8)}, exact)

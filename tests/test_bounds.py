@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager, nullcontext
 
 import pytest
@@ -181,3 +182,12 @@ def test_the_first_question_may_come_from_compiled_code(device):
     gradients = outputs_and_gradients(function, {"boxes": boxes}, [torch.ones(1, 4, device=device)])
     assert gradients["d_boxes"].isfinite().all()
     assert precision.clamp_passes_at_bounds.cache_info().misses == 1
+
+
+def test_compiled_code_does_not_ask_whether_a_device_has_autocast(monkeypatch):
+    """torch 2.11 cannot trace the question; here it is one that no torch can."""
+    monkeypatch.setattr(torch.amp, "is_autocast_available", lambda kind: os.getpid() > 0)
+    function = torch.compile(lambda x: x + precision.autocast_on(x), backend="eager", fullgraph=True)
+    assert function(torch.zeros(2)).tolist() == [0, 0]
+    with torch.autocast("cpu"):
+        assert function(torch.zeros(2)).tolist() == [1, 1]

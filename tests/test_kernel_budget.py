@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("cuxray")  # which a machine with a GPU may lack
+
 from benchmarks.kernel_budget import INSTRUCTION, TENSOR_CORES, load_sizes, loops, tile_loads
 
 ROOT = Path(__file__).parents[1]

@@ -82,7 +82,6 @@ def backward_query_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_S: tl.constexpr,
     STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     q_blocks = tl.cdiv(Q, BLOCK_Q)
@@ -140,21 +139,21 @@ def backward_query_kernel(
                 b_z = visibility(
                     p_padding, p_hidden, stride_hidden_q, o_row, Q - q_start, o_s, end, BLOCK_Q, BLOCK_S, TAIL
                 )
-                b_z = tl.dot(b_q_content, b_k_content.T, b_z, input_precision=PRECISION)
+                b_z = tl.dot(b_q_content, b_k_content.T, b_z, input_precision="ieee")
                 if p_q_pos is not None:
                     b_k_pos = load_rows(p_k_pos, s_start, end, stride_kp_s, BLOCK_S, DP, TAIL, INTERPRET)
-                    b_z = tl.dot(b_q_pos, b_k_pos.T, b_z, input_precision=PRECISION)
+                    b_z = tl.dot(b_q_pos, b_k_pos.T, b_z, input_precision="ieee")
                 b_p = weights(b_z, b_m[:, None], b_log_l[:, None], to_log2)
 
                 b_v = load_rows(p_v, s_start, end, stride_v_s, BLOCK_S, DV, TAIL, INTERPRET)
-                b_dp = tl.dot(b_d_out, b_v.T, input_precision=PRECISION)
+                b_dp = tl.dot(b_d_out, b_v.T, input_precision="ieee")
                 if p_rng is not None:
                     b_dp = tl.where(kept(p_rng, bh, o_q[:, None], o_s[None, :], dropout_p), b_dp * keep, 0.0)
                 b_dz = (b_p * (b_dp - b_delta[:, None])).to(b_k_content.dtype)
                 if p_dq_content is not None:
-                    b_dq_content = tl.dot(b_dz, b_k_content, b_dq_content, input_precision=PRECISION)
+                    b_dq_content = tl.dot(b_dz, b_k_content, b_dq_content, input_precision="ieee")
                 if p_dq_pos is not None:
-                    b_dq_pos = tl.dot(b_dz, b_k_pos, b_dq_pos, input_precision=PRECISION)
+                    b_dq_pos = tl.dot(b_dz, b_k_pos, b_dq_pos, input_precision="ieee")
 
         b_scale = tl.cast(scale, tl.float32)
         o_head = o_b * Q * H + o_h
@@ -214,7 +213,6 @@ def backward_key_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_S: tl.constexpr,
     STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     s_blocks = tl.cdiv(S, BLOCK_S)
@@ -267,29 +265,29 @@ def backward_key_kernel(
             )
             b_hidden = tl.load(p_tile, mask=m_s[:, None] & m_q[None, :], other=1) != 0
             b_z = tl.where(b_hidden, float("-inf"), b_z)
-        b_z = tl.dot(b_k_content, b_q_content.T, b_z, input_precision=PRECISION)
+        b_z = tl.dot(b_k_content, b_q_content.T, b_z, input_precision="ieee")
         if p_q_pos is not None:
             b_q_pos = load_rows(p_q_pos, q_start, Q, stride_qp_q, BLOCK_Q, DP, True, INTERPRET)
-            b_z = tl.dot(b_k_pos, b_q_pos.T, b_z, input_precision=PRECISION)
+            b_z = tl.dot(b_k_pos, b_q_pos.T, b_z, input_precision="ieee")
         b_m = tl.load(p_stats + o_q, mask=m_q, other=0.0)
         b_log_l = tl.load(p_stats + stats_size + o_q, mask=m_q, other=0.0)
         b_p = weights(b_z, b_m[None, :], b_log_l[None, :], to_log2)
 
         b_d_out = load_rows(p_d_out, q_start, Q, stride_do_q, BLOCK_Q, DV, True, INTERPRET)
-        b_dp = tl.dot(b_v, b_d_out.T, input_precision=PRECISION)
+        b_dp = tl.dot(b_v, b_d_out.T, input_precision="ieee")
         b_weight = b_p
         if p_rng is not None:
             m_kept = kept(p_rng, bh, o_q[None, :], o_s[:, None], dropout_p)
             b_weight = tl.where(m_kept, b_p * keep, 0.0)
             b_dp = tl.where(m_kept, b_dp * keep, 0.0)
         if p_dv is not None:
-            b_dv = tl.dot(b_weight.to(b_d_out.dtype), b_d_out, b_dv, input_precision=PRECISION)
+            b_dv = tl.dot(b_weight.to(b_d_out.dtype), b_d_out, b_dv, input_precision="ieee")
         b_delta = tl.load(p_delta + o_q, mask=m_q, other=0.0)
         b_dz = (b_p * (b_dp - b_delta[None, :])).to(b_q_content.dtype)
         if p_dk_content is not None:
-            b_dk_content = tl.dot(b_dz, b_q_content, b_dk_content, input_precision=PRECISION)
+            b_dk_content = tl.dot(b_dz, b_q_content, b_dk_content, input_precision="ieee")
         if p_dk_pos is not None:
-            b_dk_pos = tl.dot(b_dz, b_q_pos, b_dk_pos, input_precision=PRECISION)
+            b_dk_pos = tl.dot(b_dz, b_q_pos, b_dk_pos, input_precision="ieee")
 
     if p_padding is not None:
         b_dk_content = tl.where(b_padded[:, None], 0.0, b_dk_content)

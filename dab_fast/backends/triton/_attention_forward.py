@@ -134,7 +134,6 @@ def forward_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_S: tl.constexpr,
     STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     q_blocks = tl.cdiv(Q, BLOCK_Q)
@@ -180,10 +179,10 @@ def forward_kernel(
             o_s = s_start + tl.arange(0, BLOCK_S)
             b_k = load_rows(p_k_content, s_start, end, stride_kc_s, BLOCK_S, D, TAIL, INTERPRET)
             b_z = visibility(p_padding, p_hidden, stride_hidden_q, o_row, Q - q_start, o_s, end, BLOCK_Q, BLOCK_S, TAIL)
-            b_z = tl.dot(b_q_content, b_k.T, b_z, input_precision=PRECISION)
+            b_z = tl.dot(b_q_content, b_k.T, b_z, input_precision="ieee")
             if p_q_pos is not None:
                 b_k = load_rows(p_k_pos, s_start, end, stride_kp_s, BLOCK_S, DP, TAIL, INTERPRET)
-                b_z = tl.dot(b_q_pos, b_k.T, b_z, input_precision=PRECISION)
+                b_z = tl.dot(b_q_pos, b_k.T, b_z, input_precision="ieee")
 
             b_m_new = tl.maximum(b_m, tl.max(b_z, 1))
             b_p = tl.exp2((b_z - b_m_new[:, None]) * to_log2)
@@ -194,7 +193,7 @@ def forward_kernel(
                 b_p = tl.where(kept(p_rng, bh, o_q[:, None], o_s[None, :], dropout_p), b_p, 0.0)
             b_v = load_rows(p_v, s_start, end, stride_v_s, BLOCK_S, DV, TAIL, INTERPRET)
             b_out = b_out * b_fade[:, None]
-            b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out, input_precision=PRECISION)
+            b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out, input_precision="ieee")
 
     b_out = b_out * (tl.cast(dropout_scale, tl.float32) / tl.where(b_l == 0.0, 1.0, b_l))[:, None]
     o_out = ((split.to(tl.int64) * (BH // H) + o_b) * Q * H + o_h) * DV

@@ -4,8 +4,8 @@ Nothing is tuned during a user's step. The rows come from offline compilation (`
 no loop spills registers on sm_80 and sm_90 under the oldest triton and the newest, nor on sm_100 under the newest; on
 sm_90 the decoder's own heads in half precision leave room for three to six programs per SM. Left alone, ptxas sometimes
 parks values of a loop in local memory to fit one more program on an SM; `max_registers` forbids it where it did.
-Half-precision and tf32 tiles have 64 rows where they can, the height of a Hopper tensor-core instruction. Exact fp32
-dots run on the ordinary multipliers and hold whole rows of both operands in registers, hence the small tiles.
+Half-precision tiles have 64 rows where they can, the height of a Hopper tensor-core instruction. Exact fp32 dots run on
+the ordinary multipliers and hold whole rows of both operands in registers, hence the small tiles.
 """
 
 import functools
@@ -17,7 +17,7 @@ import torch
 H100_SMS = 132
 WIDEST_HEAD = 64
 
-Arithmetic = Literal["half", "tf32", "ieee"]  # of the dots; the last two on fp32 operands
+Arithmetic = Literal["half", "ieee"]  # of the dots; the last on fp32 operands
 AttentionKernel = Literal["forward", "query", "key"]  # the backward over query blocks, over key blocks
 
 
@@ -38,12 +38,6 @@ _ATTENTION: dict[tuple[Arithmetic, AttentionKernel, int], AttentionConfig] = {
     ("half", "query", 64): AttentionConfig(64, 32, 4, 2),
     ("half", "key", 32): AttentionConfig(32, 64, 4, 2),
     ("half", "key", 64): AttentionConfig(32, 64, 4, 2),
-    ("tf32", "forward", 32): AttentionConfig(64, 32, 4, 3),
-    ("tf32", "forward", 64): AttentionConfig(64, 32, 4, 3),
-    ("tf32", "query", 32): AttentionConfig(64, 32, 4, 2),
-    ("tf32", "query", 64): AttentionConfig(32, 32, 8, 2),
-    ("tf32", "key", 32): AttentionConfig(32, 64, 4, 2),
-    ("tf32", "key", 64): AttentionConfig(32, 32, 4, 2),
     ("ieee", "forward", 32): AttentionConfig(32, 32, 4, 2),
     ("ieee", "forward", 64): AttentionConfig(32, 32, 8, 2),
     ("ieee", "query", 32): AttentionConfig(32, 32, 4, 2),
@@ -58,9 +52,6 @@ _CROWDED: dict[tuple[Arithmetic, AttentionKernel, int], AttentionConfig] = {
     ("half", "query", 32): AttentionConfig(64, 32, 4, 2),
     ("half", "query", 64): AttentionConfig(64, 32, 8, 2),
     ("half", "key", 64): AttentionConfig(32, 32, 4, 2),
-    ("tf32", "forward", 64): AttentionConfig(32, 32, 4, 1),
-    ("tf32", "query", 32): AttentionConfig(32, 32, 4, 2),
-    ("tf32", "key", 32): AttentionConfig(32, 32, 4, 2),
     ("ieee", "forward", 32): AttentionConfig(32, 32, 8, 2),
     ("ieee", "query", 32): AttentionConfig(32, 32, 8, 2),
     ("ieee", "key", 32): AttentionConfig(32, 32, 4, 2, 168),
