@@ -68,6 +68,7 @@ def test_old_gpu(forget, monkeypatch):
 
 
 def test_auto_trusts_only_validated_architectures(h100, monkeypatch):
+    monkeypatch.setattr(_trust, "_validated", dict)
     names, why = _backends._candidates("auto", OP, "cuda", 0)
     assert names == ("torch",)
     assert "triton: no committed GPU run validated it on sm_90" in why
@@ -75,6 +76,19 @@ def test_auto_trusts_only_validated_architectures(h100, monkeypatch):
     monkeypatch.setattr(_trust, "_validated", lambda: {OP: {"triton": {"sm_90": {}}}})
     assert _backends._candidates("auto", OP, "cuda", 0)[0] == ("triton", "torch")
     assert _backends._candidates("auto", "refine_boxes", "cuda", 0)[0] == ("torch",)
+
+
+def test_auto_takes_no_kernel_that_was_measured_slower(h100, monkeypatch):
+    op = "modulated_cross_attention"
+    monkeypatch.setattr(_trust, "_validated", lambda: {op: {"triton": {"sm_90": {}}}})
+    x = torch.empty(0, device="meta")
+    monkeypatch.setattr(
+        _backends, "_choose", lambda op, device: _backends._candidates(_backends._choice, op, "cuda", 0)
+    )
+    chosen = {dtype: _backends.select(op, x, [dtype], 32, None) for dtype in (torch.float32, torch.bfloat16)}
+    assert chosen == {torch.float32: "torch", torch.bfloat16: "triton"}
+    with ops.backend("triton"):
+        assert _backends.select(op, x, [torch.float32], 32, None) == "triton"
 
 
 def test_auto_does_not_interpret(forget):

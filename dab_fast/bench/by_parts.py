@@ -111,17 +111,18 @@ def compare(
         timed = measure.interleaved_times(fns, 11, warmup=int(part != MODEL), seconds=10, device=device)
         times |= {f"{part} {name}": t for name, t in timed.items()}
         parts[part] = _part(pair, timed)
-    boxes = original(pixel_values).pred_boxes
-    found = {
-        name: Peer(1e3 * times[f"{MODEL} {name}"].quantile(0.5), (run() - boxes).abs().max().item())
-        for name, run in others.items()
-    }
+    found = {}
+    if others:
+        boxes = original(pixel_values).pred_boxes
+        for name, run in others.items():
+            found[name] = Peer(1e3 * times[f"{MODEL} {name}"].quantile(0.5), (run() - boxes).abs().max().item())
     return parts, found, times
 
 
 def _part(pair: tuple[Callable[[], Any], Callable[[], Any]], timed: dict[str, measure.Times]) -> Part:
-    counts = [measure.count(call) for call in pair]
-    theirs, ours = (_tensors(call()) for call in pair)
+    outputs: list[list[Tensor]] = []
+    counts = [measure.count(lambda call=call: outputs.append(_tensors(call()))) for call in pair]  # type: ignore[misc]
+    theirs, ours = outputs
     return Part(
         Pair(*(1e3 * timed[name].quantile(0.5) for name in ("original", "accelerated"))),
         Pair(*(c.aten.total() for c in counts)),

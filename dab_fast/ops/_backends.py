@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dab_fast._tracing import compiling, exporting, transformed
+from dab_fast._tracing import compiling, constant_of_a_graph, exporting, transformed
 from dab_fast.backends.native import limits as native_limits
 from dab_fast.backends.triton import limits as triton_limits
-from dab_fast.ops._trust import why_not_trusted
+from dab_fast.ops._trust import why_not_faster, why_not_trusted
 
 BACKENDS = ("native", "triton", "torch")  # in the order in which `auto` tries them
 VARIABLE = "DAB_FAST_BACKEND"
@@ -89,6 +89,7 @@ def why_not(name: str, op: str, device: torch.device, *, trusted_only: bool = Fa
     return why_not_trusted(name, op, device) if reason is None and trusted_only else reason
 
 
+@constant_of_a_graph
 def _candidates(choice: str, op: str, device_type: str, device_index: int | None) -> tuple[tuple[str, ...], str]:
     """The backends to try in turn for `op` on a device, and why the others cannot."""
     device = torch.device(device_type, device_index) if device_index is not None else torch.device(device_type)
@@ -101,9 +102,6 @@ def _candidates(choice: str, op: str, device_type: str, device_index: int | None
         "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason is not None),
     )
 
-
-# What torch.compiler.assume_constant_result does, without its import of torch._dynamo, which takes a second.
-_candidates._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 _known: dict[tuple[str, str, torch.device], tuple[tuple[str, ...], str]] = {}
 _logged: set[tuple[str, torch.device, str]] = set()
@@ -141,6 +139,8 @@ def select(op: str, x: Tensor, *args: Any) -> str:
     for name in names:
         limit = getattr(_LIMITS.get(name), op, None)
         reason = None if limit is None else limit(*args)
+        if reason is None and _choice == "auto":
+            reason = why_not_faster(name, op, *args)
         if reason is None:
             if why and name == "torch" and not compiling():
                 _log_fallback(op, x.device, why)

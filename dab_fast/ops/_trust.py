@@ -37,3 +37,10 @@ def why_not_trusted(name: str, op: str, device: torch.device) -> str | None:
     if device.type == "cuda" and architecture(device) not in _validated().get(op, {}).get(name, {}):
         return f"no committed GPU run validated it on {architecture(device)}"
     return None
+
+
+def why_not_faster(name: str, op: str, *args: Any) -> str | None:
+    """Why `auto` must not choose backend `name` for these arguments, of which its `limits.<op>` tell; or None."""
+    if (name, op) == ("triton", "modulated_cross_attention") and args[0][0] == torch.float32:
+        return "in float32 plain PyTorch was measured twice as fast at batch 8"
+    return None
