@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from unittest import mock
 
@@ -12,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from scipy.optimize import linear_sum_assignment
-from transformers import DabDetrConfig
 from transformers.loss import loss_deformable_detr, loss_for_object_detection
 
 import dab_fast
@@ -21,85 +19,20 @@ from dab_fast.adapters.huggingface import criterion as huggingface
 from dab_fast.parameters import StepAside
 from dab_fast.parts import matching
 from tests.support import idea_criterion
+from tests.support.criterion import (
+    CODEBASES,
+    SIZES,
+    TOLERANCE,
+    C,
+    accelerated,
+    assert_close,
+    assert_same_outcome,
+    case,
+    config,
+    of_huggingface,
+    outputs_of,
+)
 from tests.support.models import accelerated_copy, huggingface_model, images, labels
-
-L, Q, C = 3, 12, 5
-
-# How many objects each image has.
-SIZES = {
-    "some": (4, 2),
-    "one_object": (1,),
-    "an_empty_image": (0, 3, 1),
-    "all_empty": (0, 0),
-    "more_objects_than_queries": (Q + 3, 2),
-}
-
-# Sums of up to a thousand terms in float32, in another order, and the originals' 1 - (1 - p), which loses up to 6e-8 of
-# a p of some tenths.
-TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-13}
-
-
-def case(sizes, *, dtype=torch.float32, layers=L, queries=Q, classes=C, seed=0):
-    """Logits [L, B, Q, C] and boxes [L, B, Q, 4], which require gradients, and targets."""
-    generator = torch.Generator().manual_seed(seed)
-    rand = lambda *shape: torch.rand(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
-    logits = (6 * rand(layers, len(sizes), queries, classes) - 4).to(dtype).requires_grad_()
-    boxes = (0.05 + 0.9 * rand(layers, len(sizes), queries, 4)).to(dtype).requires_grad_()
-    targets = [
-        {
-            "labels": torch.randint(classes, (n,), generator=generator),
-            "boxes": (0.05 + 0.9 * rand(n, 4)).to(torch.float64 if dtype == torch.float64 else torch.float32),
-        }
-        for n in sizes
-    ]
-    return logits, boxes, targets
-
-
-def config(**change):
-    return DabDetrConfig(**({"num_labels": C, "decoder_layers": L, "auxiliary_loss": True} | change))
-
-
-def of_huggingface(logits, boxes, targets, settings=None, *, fast):
-    settings = settings or config()
-    given = [{"class_labels": x["labels"], "boxes": x["boxes"]} for x in targets]
-    last = logits[-1]
-    if fast:
-        return huggingface.loss(huggingface.ORIGINAL, last, given, boxes, settings, logits)
-    return huggingface.ORIGINAL(last, given, last.device, boxes[-1], settings, logits, boxes)
-
-
-def outputs_of(logits, boxes):
-    layers = [{"pred_logits": x, "pred_boxes": y} for x, y in zip(logits, boxes, strict=True)]
-    return layers[-1] | {"aux_outputs": layers[:-1]}
-
-
-def of_idea(logits, boxes, targets, criterion=None, *, fast, **kwargs):
-    """The weighted sum and the losses by name."""
-    criterion = criterion or idea_criterion.SetCriterion(num_classes=logits.shape[-1])
-    if fast:
-        criterion = accelerated(criterion)
-    losses = criterion(outputs_of(logits, boxes), targets, **kwargs)
-    if fast:
-        assert not criterion.dab_fast_reasons
-    weights = criterion.weight_dict
-    total = sum(x * weights[k] for name, x in losses.items() if (k := name.rstrip("_0123456789")) in weights)
-    return total, losses
-
-
-def accelerated(criterion):
-    criterion = copy.deepcopy(criterion)
-    dab_fast.accelerate(criterion)
-    return criterion
-
-
-CODEBASES = {"huggingface": of_huggingface, "idea": of_idea}
-
-
-def assert_close(ours, theirs, tolerance):
-    """In units of the original's norm."""
-    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype and ours.requires_grad == theirs.requires_grad
-    ours, theirs = ours.detach(), theirs.detach()
-    assert (ours - theirs).norm() <= tolerance * theirs.norm()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -271,15 +204,6 @@ def test_what_the_original_refuses_or_replaces_is_left_to_it(what):
             of_huggingface(logits, boxes, targets, fast=True)
 
 
-def assert_same_outcome(ours, theirs):
-    if isinstance(theirs, tuple):
-        assert ours == theirs
-    else:
-        assert list(ours) == list(theirs)
-        for name, x in theirs.items():
-            torch.testing.assert_close(ours[name], x, rtol=0, atol=0, equal_nan=True)
-
-
 @pytest.mark.parametrize("what", ["inverted", "nan"])
 def test_a_whole_model_raises_what_the_original_raises(what):
     model = huggingface_model()
@@ -400,121 +324,6 @@ def test_compiled_model_has_the_original_loss():
     ours = torch.compile(fast, backend="eager")(**images(), labels=labels())
     torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-5, atol=0)
     assert ours.loss_dict.keys() == theirs.loss_dict.keys()
-
-
-class WithoutEps(idea_criterion.SetCriterion):
-    """With a GIoU of another file's."""
-
-    def loss_boxes(self, *args):
-        with mock.patch.object(idea_criterion, "GIOU_EPS", 0.0):
-            return super().loss_boxes(*args)
-
-
-class OtherMatcher(idea_criterion.HungarianMatcher):
-    def forward(self, outputs, targets):
-        return super().forward(outputs | {"pred_boxes": outputs["pred_boxes"].sqrt()}, targets)
-
-
-class Weighted(idea_criterion.SetCriterion):
-    def loss_labels(self, *args, **kwargs):
-        losses = super().loss_labels(*args, **kwargs)
-        return losses | {"loss_ce": 1.1 * losses["loss_ce"]}
-
-
-@pytest.mark.parametrize(
-    "criterion, reason",
-    [
-        (WithoutEps(), "loss_giou is not what the original computes"),
-        (Weighted(), "loss_ce is not what the original computes"),
-        (idea_criterion.SetCriterion(matcher=OtherMatcher()), "matcher finds other pairs"),
-    ],
-    ids=["giou", "weights", "matcher"],
-)
-def test_another_criterion_is_left_as_it_is(criterion, reason):
-    with pytest.raises(ValueError, match=reason):
-        dab_fast.accelerate(criterion)
-    assert "dab_fast" not in str(vars(criterion))
-
-
-def test_a_criterion_without_eps_is_served(monkeypatch):
-    monkeypatch.setattr(idea_criterion, "GIOU_EPS", 0.0)
-    given = case((4, 2), dtype=torch.float64)
-    ours, theirs = (of_idea(*given, fast=fast) for fast in (True, False))
-    for name, x in theirs[1].items():
-        assert_close(ours[1][name], x, TOLERANCE[torch.float64])
-
-
-def test_indices_are_returned_as_by_the_original():
-    given = case((4, 0, 2))
-    criterion = idea_criterion.SetCriterion(num_classes=C)
-    results = [c(outputs_of(*given[:2]), given[2], return_indices=True)[1] for c in (accelerated(criterion), criterion)]
-    for ours, theirs in zip(*results, strict=True):
-        for a, b in zip(ours, theirs, strict=True):
-            assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-def test_losses_of_a_forks_own_are_its_own():
-    """Denoising losses, and those of masks, which only the last layer has."""
-    logits, boxes, targets = case((4, 2))
-    criterion = idea_criterion.DenoisingCriterion(num_classes=C, losses=["labels", "masks", "boxes"])
-    fast = accelerated(criterion)
-    outputs = outputs_of(logits, boxes) | {"pred_masks": torch.randn(2, Q, 6, 6)}
-    known = (torch.randn(8, C), torch.randint(C, (8,)))
-    ours, theirs = (c(outputs, targets, mask_dict={"known": known}) for c in (fast, criterion))
-    assert list(ours) == list(theirs) and {"tgt_loss_ce", "loss_mask"} <= set(ours)
-    for name, x in theirs.items():
-        assert_close(ours[name], x, TOLERANCE[torch.float32])
-    assert not fast.dab_fast_reasons
-
-
-def test_settings_of_an_accelerated_criterion_are_read_anew(caplog):
-    given = case((4, 2), dtype=torch.float64)
-    criterion = idea_criterion.SetCriterion(num_classes=C)
-    fast = accelerated(criterion)
-    for c in (criterion, fast):
-        c.focal_alpha, c.matcher.cost_class, c.matcher.focal_alpha = 0.4, 3.0, 0.6
-    ours, theirs = (c(outputs_of(*given[:2]), given[2]) for c in (fast, criterion))
-    assert not fast.dab_fast_reasons
-    for name, x in theirs.items():
-        assert_close(ours[name], x, TOLERANCE[torch.float64])
-
-
-def hooked(criterion):
-    criterion.matcher.register_forward_hook(lambda *_: None)
-
-
-def other_matcher(criterion):
-    criterion.matcher = OtherMatcher()
-
-
-def other_loss(criterion):
-    criterion.loss_boxes = lambda *_: {"loss_bbox": torch.zeros(())}
-
-
-@pytest.mark.parametrize(
-    "change, reason",
-    [(hooked, "matcher has a hook"), (other_matcher, "finds other pairs"), (other_loss, "loss_boxes changed")],
-)
-def test_a_changed_criterion_steps_aside(change, reason):
-    given = case((4, 2))
-    criterion = idea_criterion.SetCriterion(num_classes=C)
-    fast = accelerated(criterion)
-    for c in (criterion, fast):
-        change(c)
-    ours, theirs = (c(outputs_of(*given[:2]), given[2]) for c in (fast, criterion))
-    assert_same_outcome(*({name: x.detach() for name, x in found.items()} for found in (ours, theirs)))
-    (found,) = fast.dab_fast_reasons
-    assert reason in found
-
-
-def test_restore():
-    criterion = idea_criterion.SetCriterion(num_classes=C)
-    matcher = criterion.matcher
-    dab_fast.accelerate(criterion)
-    assert criterion.matcher is matcher
-    dab_fast.restore(criterion)
-    assert type(criterion) is idea_criterion.SetCriterion and criterion.matcher is matcher
-    assert "dab_fast" not in str(vars(criterion))
 
 
 def two_processes(rank, store, results):
