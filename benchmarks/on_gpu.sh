@@ -104,7 +104,7 @@ if wanted tests; then
         stage "selftest" 60 "$python" -m dab_fast selftest --device cuda
         # Most of their time goes into compiling some hundred kernels, on the cores of the host.
         report="$(mktemp)"
-        stage "tests" "$([ "$only" = tests ] && echo 430 || echo 240)" \
+        stage "tests" "$([ "$only" = tests ] && echo 430 || echo 150)" \
             "$python" -m pytest tests -m gpu -q -p no:cacheprovider -n 12 --junitxml="$report"
         rm -f "$out/validated.json"
         stage "validate" 60 "$python" -m benchmarks.validate "$report" --out "$out/validated.json"
