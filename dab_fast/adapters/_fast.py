@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dab_fast._tracing import compiling, exporting
 from dab_fast.adapters._description import Code, Description, Watch
 from dab_fast.parameters import StepAside
+from dab_fast.parts.folding import forget
 
 logger = logging.getLogger("dab_fast")
 
@@ -201,6 +202,19 @@ class FastPart(Fast):
         except StepAside:
             pass  # perhaps later, when what keeps it away has gone
         self.dab_fast_code = Code(self, self.dab_fast_original)
+
+    def dab_fast_end(self) -> None:
+        forget(self)
+        super().dab_fast_end()
+
+    def train(self, mode: bool = True) -> Any:
+        if mode != self.training:  # Trainers call it at every step
+            forget(self)
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        forget(self)
+        return super()._apply(*args, **kwargs)
 
     def dab_fast_served(self) -> tuple[dict[str, Tensor], Any]:
         """What `dab_fast_read` gives, where nothing has changed that was not probed. Raises StepAside."""

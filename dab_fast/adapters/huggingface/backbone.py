@@ -1,0 +1,131 @@
+"""The fast subclass of Hugging Face's backbone: a ResNet of transformers or timm with frozen batch norms."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.models.dab_detr import modeling_dab_detr as original
+from transformers.models.resnet import modeling_resnet as resnet
+
+from dab_fast._tracing import compiling, exporting, transformed
+from dab_fast.adapters._backbone import NORM_TENSORS, check_relu, check_shapes, convolution, pool, probe
+from dab_fast.adapters._fast import FastPart
+from dab_fast.adapters.huggingface._known import Known
+from dab_fast.parameters import PARAMETERS, StepAside, gather
+from dab_fast.parts.resnet import Block, Convolution, Plan, forward
+
+_CONTAINERS = (
+    nn.Sequential,
+    nn.Identity,
+    nn.MaxPool2d,
+    resnet.ResNetBackbone,
+    resnet.ResNetEmbeddings,
+    resnet.ResNetEncoder,
+    resnet.ResNetStage,
+    resnet.ResNetBasicLayer,
+    resnet.ResNetBottleNeckLayer,
+    resnet.ResNetConvLayer,
+    resnet.ResNetShortCut,
+)
+_PARAMETERS = {**PARAMETERS, nn.Conv2d: ("weight",), original.DabDetrFrozenBatchNorm2d: NORM_TENSORS}
+_EPS = 1e-5  # in the forward of their frozen norm
+
+
+class Reading(NamedTuple):
+    plan: Plan
+    outputs: tuple[int, ...]  # as `parts.resnet.forward` numbers them
+    channels: int  # of the images
+
+
+class DabDetrConvEncoder(Known, FastPart, original.DabDetrConvEncoder):
+    dab_fast_original = original.DabDetrConvEncoder
+    dab_fast_serves = ("backbone",)
+    dab_fast_reads = frozenset()
+
+    @staticmethod
+    def dab_fast_read(module: Any) -> tuple[dict[str, Tensor], Reading]:
+        return read(module)
+
+    @staticmethod
+    def dab_fast_settings(module: Any) -> dict[str, Any]:
+        names = ("stage_names", "out_features")
+        return {name: tuple(getattr(module.model, name, None) or ()) for name in names}
+
+    @staticmethod
+    def dab_fast_probe(module: Any, tensors: dict[str, Tensor], reading: Reading) -> None:
+        probe(module, original_forward, fast_forward, reading.channels)
+
+    def forward(
+        self,
+        pixel_values: Tensor,  # [B, 3, height, width]
+        pixel_mask: Tensor,  # [B, height, width], 1 = valid
+    ) -> list[tuple[Tensor, Tensor]]:  # feature map [B, C, h, w], and its mask [B, h, w]
+        """The original's arguments and results."""
+        if compiling() or exporting():  # a compiler joins the small calls itself, and a graph outlives what is kept
+            return super().forward(pixel_values, pixel_mask)
+        try:
+            if transformed():
+                raise StepAside("torch.func or forward-mode AD is at work")
+            tensors, reading = self.dab_fast_served()
+            if pixel_values.dim() == 4 and pixel_values.shape[1] != reading.channels:
+                raise StepAside(f"pixel_values has {pixel_values.shape[1]} channels, not {reading.channels}")
+            features = forward(reading.plan, tensors, pixel_values, reading.outputs, self)
+        except StepAside as reason:
+            self.dab_fast_step_aside(reason)
+            return super().forward(pixel_values, pixel_mask)
+        valid = pixel_mask[None].float()
+        return [(x, nn.functional.interpolate(valid, size=x.shape[-2:]).to(torch.bool)[0]) for x in features]
+
+
+def original_forward(encoder: Any, images: Tensor) -> list[Tensor]:
+    """As `_backbone.Forward`."""
+    mask = images.new_ones(images.shape[0], *images.shape[2:])
+    return [x for x, _ in original.DabDetrConvEncoder.forward(encoder, images, mask)]
+
+
+def fast_forward(encoder: nn.Module, images: Tensor) -> list[Tensor]:
+    """As `_backbone.Forward`."""
+    tensors, reading = read(encoder)
+    return forward(reading.plan, tensors, images, reading.outputs, encoder)
+
+
+def read(encoder: Any) -> tuple[dict[str, Tensor], Reading]:
+    """The tensors of a backbone by their names below `encoder`. Raises StepAside where it cannot be read."""
+    backbone = encoder.model
+    if type(backbone) is not resnet.ResNetBackbone:
+        raise StepAside(f"the backbone is a {type(backbone).__module__}.{type(backbone).__qualname__}")
+    tensors = gather(encoder, lambda module: type(module) in _CONTAINERS, lambda name: name, _PARAMETERS)
+    try:
+        embedder = backbone.embedder
+        plan = Plan(
+            _convolution(embedder.embedder, "model.embedder.embedder", relu=True),
+            pool(embedder.pooler, "model.embedder.pooler"),
+            tuple(
+                tuple(_block(block, f"model.encoder.stages.{i}.layers.{j}") for j, block in enumerate(stage.layers))
+                for i, stage in enumerate(backbone.encoder.stages)
+            ),
+            _EPS,
+        )
+        outputs = tuple(i for i, name in enumerate(backbone.stage_names) if name in backbone.out_features)
+        check_shapes(plan, tensors)
+        return tensors, Reading(plan, outputs, embedder.num_channels)
+    except (AttributeError, KeyError) as error:
+        raise StepAside(f"the backbone is not as transformers builds it: {error}") from None
+
+
+def _block(block: Any, name: str) -> Block:
+    check_relu(block.activation, f"{name}.activation")
+    last = len(block.layer) - 1
+    branch = tuple(_convolution(x, f"{name}.layer.{i}", relu=i < last) for i, x in enumerate(block.layer))
+    plain = type(block.shortcut) is nn.Identity
+    return Block(branch, None if plain else _convolution(block.shortcut, f"{name}.shortcut", relu=False))
+
+
+def _convolution(layer: Any, name: str, *, relu: bool) -> Convolution:
+    if relu:
+        check_relu(layer.activation, f"{name}.activation")
+    elif type(getattr(layer, "activation", None)) not in (nn.Identity, type(None)):
+        raise StepAside(f"{name}.activation is {layer.activation}")
+    return convolution(layer.convolution, f"{name}.convolution", f"{name}.normalization")
