@@ -13,6 +13,7 @@ from torch import nn
 from dab_fast._tracing import apart
 from dab_fast.adapters import ADAPTERS
 from dab_fast.adapters._fast import PARTS, Fast, Reasons
+from dab_fast.parts.folding import forget, kept
 
 
 @dataclass(frozen=True, repr=False)
@@ -32,7 +33,9 @@ class Report:
         lines = [f"dab_fast: {len(self.replaced)} modules accelerated"]
         for name, module in self.replaced.items():
             parts = " and ".join(module.dab_fast_parts)
-            lines.append(f"  {name or '(model)'}: {type(module).__name__}, {parts}")
+            folded = getattr(kept(module), "nbytes", None)
+            memory = f", which keeps {folded() / 1e6:.0f} MB of folded weights" if folded else ""
+            lines.append(f"  {name or '(model)'}: {type(module).__name__}, {parts}{memory}")
         lines += [f"  {name or '(model)'} left as it is: {reason}" for name, reason in self.not_replaced.items()]
         for name, reasons in self.stepped_aside.items():
             lines += [f"  {name or '(model)'} stepped aside {n} times: {reason}" for reason, n in reasons.items()]
@@ -176,3 +179,20 @@ def restore(model: nn.Module) -> None:
             )
     for module in accelerated.values():
         module.dab_fast_end()
+
+
+def refresh(model: nn.Module) -> None:
+    """Drop whatever was derived from the parameters of `model`, such as folded weights; the next call derives it anew.
+
+    A change is noticed without it: at the next call, and of one on a GPU that moves no version (a write through
+    `.data`) one call later. To call this after such a write spares that call.
+
+    Args:
+        model: what was given to `accelerate`, or any module with accelerated ones inside.
+
+    Raises:
+        TypeError: `model` is no module.
+    """
+    _check_module(model)
+    for module in model.modules():
+        forget(module)

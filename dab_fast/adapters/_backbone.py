@@ -100,7 +100,7 @@ def _compare(module: nn.Module, original: Forward, fast: Forward, images: Tensor
 
 
 # Where a network has at least this many channels, the copy has a part of them: values are compared as well there.
-_WIDE, _NARROWED = 32, 16
+_WIDE, _NARROWED = 64, 8
 
 
 @torch.no_grad()
@@ -108,12 +108,12 @@ def _narrow_copy(module: nn.Module, randn: Callable[..., Tensor]) -> nn.Module:
     """A float32 copy on the CPU with fewer channels, whose parameters and buffers hide nothing."""
     memo: dict[int, Any] = {}
     for name, x in (*module.named_parameters(), *module.named_buffers()):
-        shape = [max(size // _NARROWED, 2) if size >= _WIDE else size for size in x.shape]
+        shape = [size // _NARROWED if size >= _WIDE else size for size in x.shape]
         noise = randn(shape)
         if x.dim() > 1:
             memo[id(x)] = nn.Parameter(noise * (noise[0].numel() / 2) ** -0.5)
         elif name.endswith("running_var"):
             memo[id(x)] = 0.5 + noise.abs()
         else:
-            memo[id(x)] = (1.0 if name.endswith("weight") else 0.0) + 0.3 * noise
+            memo[id(x)] = (1.0 if name.endswith("weight") else 0.2) + 0.3 * noise
     return copy.deepcopy(module, memo)

@@ -83,9 +83,9 @@ class _Derived:
 
     def _has_same_bits(self) -> bool:
         device = self._digest[0].device
-        if device.type != "cuda":
+        if _waits_for(device):
             return all(map(torch.equal, self._bits.digest(), self._digest))
-        if torch.cuda.is_current_stream_capturing():  # what is captured is replayed with the memory of today
+        if _is_capturing(device):  # what is captured is replayed with the memory of today
             return True
         answer = True if self._answer is None else self._answer()
         if answer is False:
@@ -126,6 +126,15 @@ def _words(x: Tensor) -> Tensor:
     flat = x.as_strided((length,), (1,))
     aligned = length * x.element_size() % 8 == 0 and x.storage_offset() * x.element_size() % 8 == 0
     return flat.view(torch.int64 if aligned else torch.uint8)
+
+
+def _waits_for(device: torch.device) -> bool:
+    """Whether a comparison's answer is read at once: what a CPU computed is there already."""
+    return device.type != "cuda"
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _later(flag: Tensor) -> Callable[[], bool | None]:

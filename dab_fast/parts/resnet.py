@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dab_fast._first_derivative import first_derivative_only
-from dab_fast._tracing import apart
 from dab_fast.parameters import StepAside
+from dab_fast.parts import onednn
 from dab_fast.parts.folding import derived
 from dab_fast.precision import at_least_float32, autocast_on
 
@@ -39,6 +39,10 @@ class Convolution(NamedTuple):
     padding: Pair
     dilation: Pair
     groups: int
+
+    def settings(self) -> tuple[Pair, Pair, Pair, int]:
+        """The arguments of conv2d behind the bias."""
+        return self.stride, self.padding, self.dilation, self.groups
 
 
 class Block(NamedTuple):
@@ -129,7 +133,7 @@ def _is_channels_last(x: Tensor) -> bool:
 def _choose(plan: Plan, tensors: dict[str, Tensor], x: Tensor, owner: nn.Module) -> Step:
     if not autocast_on(x) and not (torch.is_grad_enabled() and _requires_grad(tensors, x)):
         folded = derived(owner, ("folded", plan), list(tensors.values()), lambda: _Folded(plan, tensors))
-        return folded.step(plan, x)
+        return folded.step(x)
     buffers = [tensors[name] for c in plan.convolutions() for name in _norm_names(c)]
     affine = derived(owner, ("affine", plan), buffers, lambda: _affine(plan, tensors))
     if autocast_on(x):
@@ -175,7 +179,7 @@ class _Folded:
     """The folded weights of a plan: [O, I / groups, kh, kw] channels last, and [O]."""
 
     def __init__(self, plan: Plan, tensors: dict[str, Tensor]) -> None:
-        self.weights = {}
+        self.weights: dict[Convolution, tuple[Tensor, Tensor]] = {}
         for convolution, (scale, shift) in _affine(plan, tensors).items():
             weight = tensors[f"{convolution.name}.weight"]
             self.weights[convolution] = _folded_weight(weight, scale), shift.flatten().to(weight.dtype)
@@ -187,8 +191,8 @@ class _Folded:
         kept = [x for pair in self.weights.values() for x in pair] + list(reordered[1].values() if reordered else ())
         return sum(x.numel() * x.element_size() for x in kept)
 
-    def step(self, plan: Plan, x: Tensor) -> Step:
-        if not _has_onednn(x):
+    def step(self, x: Tensor) -> Step:
+        if not onednn.serves(x):
             return self._plain_step
         # oneDNN wants another order for another size, and the wrong one is slower than none: only where a size comes
         # again is it worth the time.
@@ -196,11 +200,11 @@ class _Folded:
         if (reordered is None or reordered[0] != x.shape) and self._last_size == x.shape:
             reordered = self._reordered = x.shape, {}
         self._last_size = x.shape
-        there = reordered[1] if reordered is not None and reordered[0] == x.shape else None
-        return functools.partial(self._onednn_step, there)
+        return functools.partial(self._onednn_step, reordered[1] if reordered and reordered[0] == x.shape else None)
 
     def _plain_step(self, convolution: Convolution, x: Tensor, relu: bool, residual: Tensor | None) -> Tensor:
-        return _finish(F.conv2d(x, *self.weights[convolution], *convolution[2:]), relu, residual)
+        weight, bias = self.weights[convolution]
+        return _finish(F.conv2d(x, weight, bias, *convolution.settings()), relu, residual)
 
     def _onednn_step(
         self,
@@ -211,18 +215,11 @@ class _Folded:
         residual: Tensor | None,
     ) -> Tensor:
         weight, bias = self.weights[convolution]
-        _, _, stride, padding, dilation, groups = convolution
         if reordered is not None:
             if convolution not in reordered:
-                reordered[convolution] = _onednn()._reorder_convolution_weight(
-                    weight, padding, stride, dilation, groups, x.shape
-                )
+                reordered[convolution] = onednn.reordered(weight, *convolution.settings(), x.shape)
             weight = reordered[convolution]
-        settings = (weight, bias, padding, stride, dilation, groups)
-        if residual is None:
-            y = _onednn()._convolution_pointwise(x, *settings, "none", [], "")
-        else:
-            y = _onednn()._convolution_pointwise_.binary(residual, x, *settings, "add", None, None, [], None)
+        y = onednn.convolution(x, weight, bias, *convolution.settings(), residual)
         return y.relu_() if relu else y
 
 
@@ -253,7 +250,7 @@ class _ConvolutionAndNorm(torch.autograd.Function):
         convolution: Convolution,
         relu: bool,
     ) -> Tensor:
-        y = F.conv2d(x, _folded_weight(weight, scale), shift.flatten().to(weight.dtype), *convolution[2:])
+        y = F.conv2d(x, _folded_weight(weight, scale), shift.flatten().to(weight.dtype), *convolution.settings())
         y = _finish(y, relu, residual)
         ctx.save_for_backward(x, weight, scale, y if relu else None)
         ctx.convolution = convolution
@@ -267,7 +264,7 @@ class _ConvolutionAndNorm(torch.autograd.Function):
         assert d_y is not None
         if y is not None:
             d_y = torch.ops.aten.threshold_backward(d_y, y, 0)
-        _, _, stride, padding, dilation, groups = ctx.convolution
+        stride, padding, dilation, groups = ctx.convolution.settings()
         needs_x, needs_weight, needs_residual, *_ = ctx.needs_input_grad
         d_x = d_weight = None
         if needs_x or needs_weight:
@@ -300,60 +297,5 @@ def _promoting_step(
     """As the original: the convolution in autocast's dtype, the rest in that dtype and the buffers' promoted."""
     dtype = tensors[f"{convolution.norm}.bias"].dtype
     scale, shift = (t.to(dtype) for t in affine[convolution])
-    y = F.conv2d(x, tensors[f"{convolution.name}.weight"], None, *convolution[2:])
+    y = F.conv2d(x, tensors[f"{convolution.name}.weight"], None, *convolution.settings())
     return _finish(torch.addcmul(shift, y, scale), relu, residual)
-
-
-def _has_onednn(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.enabled and _onednn_works()
-
-
-def _onednn() -> Any:
-    return torch.ops.mkldnn
-
-
-_SETTINGS = "Tensor W, Tensor? B, int[] padding, int[] stride, int[] dilation, int groups"
-_BINARY = "str binary_attr, Scalar? alpha, str? unary_attr, Scalar?[] unary_scalars, str? unary_algorithm"
-_SCHEMAS = {
-    "_reorder_convolution_weight.default": "(Tensor self, int[2] padding=0, int[2] stride=1, int[2] dilation=1, "
-    "int groups=1, int[]? input_size=None) -> Tensor Y",
-    "_convolution_pointwise.default": f"(Tensor X, {_SETTINGS}, str attr, Scalar?[] scalars, str? algorithm) "
-    "-> Tensor Y",
-    "_convolution_pointwise_.binary": f"(Tensor(a!) other, Tensor X, {_SETTINGS}, {_BINARY}) -> Tensor(a!) Y",
-}
-
-
-@functools.cache
-def _onednn_works() -> bool:
-    """Whether PyTorch's private oneDNN operators are those that this file knows, in schema and in value."""
-
-    def probe() -> bool:
-        for name, expected in _SCHEMAS.items():
-            operator, overload = name.split(".")
-            schema = str(getattr(getattr(_onednn(), operator), overload)._schema)
-            if schema.partition("(")[2] != expected[1:]:
-                return False
-        with torch.inference_mode():
-            randn = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
-            convolution = Convolution("it", "", (2, 1), (1, 2), (1, 2), 1)
-            x = randn(2, 5, 9, 8).contiguous(memory_format=torch.channels_last)
-            folded = _Folded.__new__(_Folded)
-            folded.weights = {convolution: (randn(7, 5, 3, 3).contiguous(memory_format=torch.channels_last), randn(7))}
-            expected = folded._plain_step(convolution, x, False, None)
-            residual = randn(expected.shape).contiguous(memory_format=torch.channels_last)
-            residual[0, 0, 0, 0] = torch.nan
-            return all(
-                torch.allclose(
-                    folded._onednn_step(there, convolution, x, False, None if r is None else r.clone()),
-                    expected if r is None else expected + r,
-                    atol=1e-4,
-                    equal_nan=True,
-                )
-                for there in (None, {})
-                for r in (None, residual)
-            )
-
-    try:
-        return torch.backends.mkldnn.is_available() and apart(probe)
-    except (AttributeError, RuntimeError, TypeError):
-        return False

@@ -44,6 +44,10 @@ class DabDetrConvEncoder(Known, FastPart, original.DabDetrConvEncoder):
     dab_fast_serves = ("backbone",)
     dab_fast_reads = frozenset()
 
+    @classmethod
+    def dab_fast_why_not(cls, module: Any) -> str | None:
+        return _unknown(module) or super().dab_fast_why_not(module)
+
     @staticmethod
     def dab_fast_read(module: Any) -> tuple[dict[str, Tensor], Reading]:
         return read(module)
@@ -91,20 +95,26 @@ def fast_forward(encoder: nn.Module, images: Tensor) -> list[Tensor]:
     return forward(reading.plan, tensors, images, reading.outputs, encoder)
 
 
+def _unknown(encoder: Any) -> str | None:
+    """Why a backbone is not one that this file reads."""
+    kind = type(encoder.model)
+    return None if kind is resnet.ResNetBackbone else f"its backbone is a {kind.__module__}.{kind.__qualname__}"
+
+
 def read(encoder: Any) -> tuple[dict[str, Tensor], Reading]:
     """The tensors of a backbone by their names below `encoder`. Raises StepAside where it cannot be read."""
+    if reason := _unknown(encoder):
+        raise StepAside(reason)
     backbone = encoder.model
-    if type(backbone) is not resnet.ResNetBackbone:
-        raise StepAside(f"the backbone is a {type(backbone).__module__}.{type(backbone).__qualname__}")
     tensors = gather(encoder, lambda module: type(module) in _CONTAINERS, lambda name: name, _PARAMETERS)
     try:
-        embedder = backbone.embedder
+        embedder, stages = backbone.embedder, backbone.encoder.stages
         plan = Plan(
             _convolution(embedder.embedder, "model.embedder.embedder", relu=True),
             pool(embedder.pooler, "model.embedder.pooler"),
             tuple(
                 tuple(_block(block, f"model.encoder.stages.{i}.layers.{j}") for j, block in enumerate(stage.layers))
-                for i, stage in enumerate(backbone.encoder.stages)
+                for i, stage in enumerate(stages)
             ),
             _EPS,
         )
