@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from transformers import ResNetConfig
+from transformers import DabDetrConfig, ResNetConfig
+from transformers.models.dab_detr import modeling_dab_detr
 
 import dab_fast
 from dab_fast import measure
@@ -34,16 +35,20 @@ def encoder(*, out: tuple[str, ...] = ("stage4",), dc5: bool = False, **config: 
     """Hugging Face's backbone in eval mode, with buffers that hide nothing."""
     model = huggingface_model(backbone_config=ResNetConfig(**(config or BOTTLENECK), out_features=list(out)), std=0.03)
     module: Any = model.model.backbone.conv_encoder
-    generator = torch.Generator().manual_seed(2)
-    for name, x in module.named_buffers():
-        noise = torch.rand(x.shape, generator=generator) - 0.5
-        x.copy_(noise + (1.0 if name.endswith(("running_var", "norm.weight", "normalization.weight")) else 0.0))
+    randomize_buffers(module)
     if dc5:  # transformers' own ResNet has no setting for it: what IDEA's dilated last stage does to its convolutions
         for conv in (x for x in module.model.encoder.stages[3].modules() if isinstance(x, nn.Conv2d)):
             conv.stride = (1, 1)
             if conv.kernel_size == (3, 3):
                 conv.dilation = conv.padding = (2, 2)
     return module
+
+
+def randomize_buffers(module: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(2)
+    for name, x in module.named_buffers():
+        noise = torch.rand(x.shape, generator=generator) - 0.5
+        x.copy_(noise + (1.0 if name.endswith(("running_var", "weight")) else 0.0))
 
 
 def pair(**config: Any) -> tuple[Any, Any]:
@@ -492,6 +497,32 @@ def test_another_backbone_is_left_and_the_report_says_so():
     assert "ConvNext" in report.not_replaced["model.backbone.conv_encoder"]
     with torch.no_grad():
         torch.testing.assert_close(model(**images()).pred_boxes, theirs(**images()).pred_boxes, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("dc5", [False, True])
+def test_timm(name: str, dc5: bool):
+    pytest.importorskip("timm")
+    config = DabDetrConfig(use_timm_backbone=True, use_pretrained_backbone=False, backbone=name, dilation=dc5)
+    theirs: Any = modeling_dab_detr.DabDetrConvEncoder(config).eval()
+    randomize_buffers(theirs)
+    ours: Any = copy.deepcopy(theirs)
+    assert list(dab_fast.accelerate(ours).replaced) == [""]
+    with torch.no_grad():
+        for _ in range(3):
+            assert_same(ours, theirs, *pixels())
+    x, mask = pixels()
+    for module in (ours, theirs):  # in float64: float32's rounding turns relus of a deep random network over
+        module.double().train()(x.double(), mask)[-1][0].square().mean().backward()
+    assert_same_gradients(*({n: p.grad for n, p in m.named_parameters()} for m in (ours, theirs)))
+    assert not ours.dab_fast_reasons
+
+
+def test_another_timm_network_is_left():
+    pytest.importorskip("timm")
+    config = DabDetrConfig(use_timm_backbone=True, use_pretrained_backbone=False, backbone="resnet18d")
+    with pytest.raises(ValueError, match="its backbone is a timm"):
+        dab_fast.accelerate(modeling_dab_detr.DabDetrConvEncoder(config))
 
 
 def test_errors_are_the_originals():

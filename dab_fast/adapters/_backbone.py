@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dab_fast.accuracy import PROBE_TOLERANCE
 from dab_fast.adapters._probe import compare_gradients, neutral, seeded_randn
 from dab_fast.parameters import StepAside
-from dab_fast.parts.resnet import Convolution, Plan
+from dab_fast.parts.resnet import Block, Convolution, Plan
 
 # A backbone's forward: of the module and images [B, 3, height, width], the feature maps.
 Forward = Callable[[nn.Module, Tensor], list[Tensor]]
@@ -22,6 +22,9 @@ NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 def convolution(module: Any, name: str, norm: str) -> Convolution:
     """The plan of a convolution. Raises StepAside where it has more than a weight."""
+    kind = type(module)
+    if kind is not nn.Conv2d:
+        raise StepAside(f"{name} is a {kind.__module__}.{kind.__qualname__}")
     if module.bias is not None or module.padding_mode != "zeros" or isinstance(module.padding, str):
         raise StepAside(f"{name} has a bias, or padding other than zeros")
     if "_conv_forward" in vars(module):
@@ -34,6 +37,23 @@ def pool(module: Any, name: str) -> dict[str, Any]:
     if type(module) is not nn.MaxPool2d or module.return_indices:
         raise StepAside(f"{name} is {module}")
     return {key: getattr(module, key) for key in ("kernel_size", "stride", "padding", "dilation", "ceil_mode")}
+
+
+def block(module: Any, name: str, relus: tuple[str, ...]) -> Block:
+    """The plan of a block as torchvision and timm write it: conv1, bn1, conv2, bn2 and so on, and downsample.
+
+    Args:
+        relus: names of its activations.
+    """
+    for relu in relus:
+        check_relu(getattr(module, relu), f"{name}.{relu}")
+    numbers = [key.removeprefix("conv") for key in module._modules if key.startswith("conv")]
+    branch = tuple(convolution(getattr(module, f"conv{i}"), f"{name}.conv{i}", f"{name}.bn{i}") for i in numbers)
+    if module.downsample is None:
+        return Block(branch, None)
+    if type(module.downsample) is not nn.Sequential or len(module.downsample) != 2:
+        raise StepAside(f"{name}.downsample is {module.downsample}")
+    return Block(branch, convolution(module.downsample[0], f"{name}.downsample.0", f"{name}.downsample.1"))
 
 
 def check_relu(module: Any, name: str) -> None:

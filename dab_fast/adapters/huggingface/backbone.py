@@ -12,6 +12,7 @@ from transformers.models.resnet import modeling_resnet as resnet
 from dab_fast._tracing import compiling, exporting, transformed
 from dab_fast.adapters._backbone import NORM_TENSORS, check_relu, check_shapes, convolution, pool, probe
 from dab_fast.adapters._fast import FastPart
+from dab_fast.adapters.huggingface import timm_resnet
 from dab_fast.adapters.huggingface._known import Known
 from dab_fast.parameters import PARAMETERS, StepAside, gather
 from dab_fast.parts.resnet import Block, Convolution, Plan, forward
@@ -54,8 +55,11 @@ class DabDetrConvEncoder(Known, FastPart, original.DabDetrConvEncoder):
 
     @staticmethod
     def dab_fast_settings(module: Any) -> dict[str, Any]:
-        names = ("stage_names", "out_features")
-        return {name: tuple(getattr(module.model, name, None) or ()) for name in names}
+        backbone = module.model
+        found: dict[str, Any] = {
+            name: tuple(getattr(backbone, name, None) or ()) for name in ("stage_names", "out_features")
+        }
+        return found | (timm_resnet.settings(backbone) if timm_resnet.is_known(backbone) else {})
 
     @staticmethod
     def dab_fast_probe(module: Any, tensors: dict[str, Tensor], reading: Reading) -> None:
@@ -98,7 +102,10 @@ def fast_forward(encoder: nn.Module, images: Tensor) -> list[Tensor]:
 def _unknown(encoder: Any) -> str | None:
     """Why a backbone is not one that this file reads."""
     kind = type(encoder.model)
-    return None if kind is resnet.ResNetBackbone else f"its backbone is a {kind.__module__}.{kind.__qualname__}"
+    if kind is resnet.ResNetBackbone or timm_resnet.is_known(encoder.model):
+        return None
+    inner = type(getattr(encoder.model, "_backbone", encoder.model))
+    return f"its backbone is a {inner.__module__}.{inner.__qualname__}, not a ResNet that this package knows"
 
 
 def read(encoder: Any) -> tuple[dict[str, Tensor], Reading]:
@@ -106,23 +113,33 @@ def read(encoder: Any) -> tuple[dict[str, Tensor], Reading]:
     if reason := _unknown(encoder):
         raise StepAside(reason)
     backbone = encoder.model
-    tensors = gather(encoder, lambda module: type(module) in _CONTAINERS, lambda name: name, _PARAMETERS)
+    is_timm = type(backbone) is not resnet.ResNetBackbone
+    containers = timm_resnet.containers() if is_timm else _CONTAINERS
+    tensors = gather(encoder, lambda module: type(module) in containers, lambda name: name, _PARAMETERS)
     try:
-        embedder, stages = backbone.embedder, backbone.encoder.stages
-        plan = Plan(
-            _convolution(embedder.embedder, "model.embedder.embedder", relu=True),
-            pool(embedder.pooler, "model.embedder.pooler"),
-            tuple(
-                tuple(_block(block, f"model.encoder.stages.{i}.layers.{j}") for j, block in enumerate(stage.layers))
-                for i, stage in enumerate(stages)
-            ),
-            _EPS,
-        )
-        outputs = tuple(i for i, name in enumerate(backbone.stage_names) if name in backbone.out_features)
+        plan = timm_resnet.plan(backbone, _EPS) if is_timm else _plan(backbone)
+        outputs = timm_resnet.outputs(backbone) if is_timm else _outputs(backbone)
         check_shapes(plan, tensors)
-        return tensors, Reading(plan, outputs, embedder.num_channels)
     except (AttributeError, KeyError) as error:
-        raise StepAside(f"the backbone is not as transformers builds it: {error}") from None
+        raise StepAside(f"the backbone is not as its library builds it: {error}") from None
+    return tensors, Reading(plan, outputs, tensors[f"{plan.stem.name}.weight"].shape[1] * plan.stem.groups)
+
+
+def _outputs(backbone: Any) -> tuple[int, ...]:
+    return tuple(i for i, name in enumerate(backbone.stage_names) if name in backbone.out_features)
+
+
+def _plan(backbone: Any) -> Plan:
+    embedder = backbone.embedder
+    return Plan(
+        _convolution(embedder.embedder, "model.embedder.embedder", relu=True),
+        pool(embedder.pooler, "model.embedder.pooler"),
+        tuple(
+            tuple(_block(block, f"model.encoder.stages.{i}.layers.{j}") for j, block in enumerate(stage.layers))
+            for i, stage in enumerate(backbone.encoder.stages)
+        ),
+        _EPS,
+    )
 
 
 def _block(block: Any, name: str) -> Block:
