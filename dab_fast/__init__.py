@@ -8,7 +8,7 @@ Importing this package imports torch, but neither triton nor transformers nor th
 """
 
 from dab_fast._version import __version__
-from dab_fast.accelerate import accelerate, restore
+from dab_fast.accelerate import accelerate, refresh, restore
 from dab_fast.checkpoint import load_checkpoint
 from dab_fast.config import DecoderConfig
 from dab_fast.decoder import DabDecoder
@@ -26,6 +26,7 @@ __all__ = [
     "load_checkpoint",
     "modulated_cross_attention",
     "refine_boxes",
+    "refresh",
     "restore",
     "sine_embed",
     "warmup",

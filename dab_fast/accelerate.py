@@ -13,6 +13,7 @@ from torch import nn
 from dab_fast._tracing import apart
 from dab_fast.adapters import ADAPTERS
 from dab_fast.adapters._fast import PARTS, Fast, Reasons
+from dab_fast.parts.folding import forget, kept
 
 
 @dataclass(frozen=True, repr=False)
@@ -33,7 +34,9 @@ class Report:
         lines = [f"dab_fast: {len(self.replaced)} modules accelerated"]
         for name, module in self.replaced.items():
             parts = " and ".join(self.parts[name])
-            lines.append(f"  {name or '(model)'}: {type(module).__name__}, {parts}")
+            folded = getattr(kept(module), "nbytes", None)
+            memory = f", which keeps {folded() / 1e6:.0f} MB of folded weights" if folded else ""
+            lines.append(f"  {name or '(model)'}: {type(module).__name__}, {parts}{memory}")
         lines += [f"  {name or '(model)'} left as it is: {reason}" for name, reason in self.not_replaced.items()]
         for name, reasons in self.stepped_aside.items():
             lines += [f"  {name or '(model)'} stepped aside {n} times: {reason}" for reason, n in reasons.items()]
@@ -59,9 +62,10 @@ def accelerate(model: nn.Module, *, parts: Collection[str] = PARTS, recompute: b
         model: a Hugging Face `DabDetrForObjectDetection`, `DabDetrModel` or `DabDetrDecoder`, a `TransformerDecoder`
             of IDEA-Research/DAB-DETR or DN-DETR, or any module with one inside. What torch.compile returned is one, and
             compiles anew at its next call; what torch.jit or torch.export made of a module is none.
-        parts: which parts of the model, of "backbone", "encoder", "decoder", "head" and "criterion"; so far none of
-            the first two is known. Hugging Face's head calls its criterion, which is fast only where the head is. When
-            a model is accelerated again, the last call's `parts` and `recompute` hold.
+        parts: which parts of the model, of "backbone", "encoder", "decoder", "head" and "criterion"; so far no
+            encoder is known, and the backbone of Hugging Face alone. Hugging Face's head calls its criterion, which is
+            fast only where the head is. When a model is accelerated again, the last call's `parts` and `recompute`
+            hold.
         recompute: in training keep only the decoder layers' inputs for backward, and compute the layers again there:
             less memory for more time. A Hugging Face decoder whose layers have `gradient_checkpointing` set is
             recomputed without it (transformers 5.23 itself refuses `gradient_checkpointing_enable()` for DAB-DETR).
@@ -88,7 +92,7 @@ def accelerate(model: nn.Module, *, parts: Collection[str] = PARTS, recompute: b
     if not replaced:
         found = "; ".join(f"{name or '(model)'}: {reason}" for name, reason in not_replaced.items())
         raise ValueError(
-            f"model must contain a DAB-DETR decoder that dab_fast knows ({', '.join(ADAPTERS)}), got "
+            f"model must contain a part of DAB-DETR that dab_fast knows ({', '.join(ADAPTERS)}), got "
             f"{type(model).__module__}.{type(model).__qualname__}{' (' + found + ')' if found else ''}"
             f"{_advice(model)}"
         )
@@ -180,3 +184,20 @@ def restore(model: nn.Module) -> None:
             )
     for module in accelerated.values():
         module.dab_fast_end()
+
+
+def refresh(model: nn.Module) -> None:
+    """Drop whatever was derived from the parameters of `model`, such as folded weights; the next call derives it anew.
+
+    A change is noticed without it: at the next call, and of one on a GPU that moves no version (a write through
+    `.data`) one call later. To call this after such a write spares that call.
+
+    Args:
+        model: what was given to `accelerate`, or any module with accelerated ones inside.
+
+    Raises:
+        TypeError: `model` is no module.
+    """
+    _check_module(model)
+    for module in model.modules():
+        forget(module)

@@ -6,7 +6,7 @@ LoRA adapter, a quantised Linear, a hook, a parametrization, a shard or an offlo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
@@ -29,13 +29,19 @@ class StepAside(Exception):
     """The fast forward cannot serve this call; the message says why."""
 
 
-def gather(root: nn.Module, containers: Callable[[nn.Module], bool], rename: Rename) -> dict[str, Tensor]:
+def gather(
+    root: nn.Module,
+    containers: Callable[[nn.Module], bool],
+    rename: Rename,
+    known: Mapping[type, tuple[str, ...]] = PARAMETERS,
+) -> dict[str, Tensor]:
     """The parameters of the tree below `root`, named by `rename` from their dotted module names.
 
     Args:
         root: the decoder; its own type and hooks are the caller's business.
         containers: says whether a module that holds parameters only in its children is one whose forward we know.
         rename: canonical name of a dotted module name; None, of a child of `root`, leaves it out.
+        known: classes of modules that hold parameters or buffers, and the names of these.
 
     Raises:
         StepAside: a module is not of an exact known type, or is hooked, patched, offloaded or sharded.
@@ -48,7 +54,7 @@ def gather(root: nn.Module, containers: Callable[[nn.Module], bool], rename: Ren
     while todo:
         name, module = todo.pop()
         kind = type(module)
-        keys = PARAMETERS.get(kind)
+        keys = known.get(kind)
         if keys is None and kind not in PARAMETERLESS and not containers(module):
             raise StepAside(f"{name} is a {kind.__module__}.{kind.__qualname__}")
         check_unhooked(name, module)

@@ -20,7 +20,7 @@ from torch.nn.modules import module as nn_module
 _INTERNAL = {*vars(nn.Module()), "training"}
 _SCALARS = (bool, int, float, complex, str, bytes, type(None), tuple)
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, type)
-_IN_PYTORCH = ("dropout", "layer_norm", "linear", "prelu", "relu", "softmax")
+_IN_PYTORCH = ("conv2d", "dropout", "interpolate", "layer_norm", "linear", "max_pool2d", "prelu", "relu", "softmax")
 
 
 def _value(x: Any) -> Any:
@@ -127,7 +127,7 @@ class Code:
         self._package = kind.__module__.partition(".")[0]
         read: set[str] = set()
         for base in kind.__mro__[:-1]:
-            for name in ("forward", "__call__"):  # that it has none is a fact, too
+            for name in ("forward", "__call__", "_conv_forward"):  # that it has none is a fact, too
                 self._note(base, name, f"{base.__name__}.{name}", vars(base).get(name, _ABSENT))
             if not base.__module__.startswith("torch."):
                 read |= self._add_function(vars(base).get("forward"))

@@ -20,6 +20,8 @@ from dab_fast.parameters import StepAside
 _GRADIENT_TOLERANCE, _NEGLIGIBLE = 1e-2, 1e-3
 
 
+_GIVEN = ("content", "memory", "pos", "anchors")
+
 # A decoder's forward, batch first: of the decoder, content [B, Q, D], memory and pos [B, S, D], anchors before the
 # sigmoid [B, Q, query_dim], and by name `memory_key_padding_mask`, bool [B, S], and `tgt_mask`, bool [Q, Q], or None.
 # Gives hidden states [L, B, Q, D] and reference points [L or 1, B, Q, query_dim].
@@ -144,15 +146,15 @@ def _compare(
         if not difference <= PROBE_TOLERANCE:
             raise StepAside(f"its {name} are not what the original computes{when}: they differ by {difference:.1e}")
     if grad:
-        _compare_gradients(decoder, got, expected, given, when)
+        compare_gradients(decoder, got, expected, dict(zip(_GIVEN, given, strict=True)), when)
 
 
-def _compare_gradients(
-    decoder: nn.Module, got: list[Tensor], expected: list[Tensor], given: list[Tensor], when: str
+def compare_gradients(
+    module: nn.Module, got: list[Tensor], expected: list[Tensor], given: dict[str, Tensor], when: str
 ) -> None:
-    named = dict(decoder.named_parameters())
-    names = ["content", "memory", "pos", "anchors", *named]
-    leaves = [*given, *named.values()]
+    """Raise StepAside unless the original's outputs and the fast ones have the same gradients."""
+    named = given | dict(module.named_parameters())
+    names, leaves = list(named), list(named.values())
     randn = seeded_randn()
     cotangents = [randn(x.shape) for x in expected]
     theirs, ours = (
