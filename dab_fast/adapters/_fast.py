@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dab_fast._tracing import compiling, exporting
 from dab_fast.adapters._description import Code, Description, Watch
-from dab_fast.adapters._probe import Forward, probe
+from dab_fast.adapters._probe import Forward, Read, probe
 from dab_fast.config import DecoderConfig
 from dab_fast.parameters import StepAside
 
@@ -169,8 +169,8 @@ class FastDecoder(Fast):
         """What the original's forward reads elsewhere than in attributes of its modules."""
         return {}
 
-    def dab_fast_forwards(self) -> tuple[Forward, Forward, bool]:
-        """The original forward, the fast one, and whether they take a `tgt_mask`."""
+    def dab_fast_probed(self) -> tuple[Forward, Read, bool]:
+        """What `probe` asks for: the original forward, how it is read, and whether it takes a `tgt_mask`."""
         raise NotImplementedError
 
     def dab_fast_served(self) -> tuple[dict[str, Tensor], DecoderConfig]:
@@ -209,8 +209,8 @@ class FastDecoder(Fast):
             return f"{changed} keeps changing"
         reason = None
         try:
-            original, fast, tgt_mask = self.dab_fast_forwards()
-            probe(self, config, original, fast, tgt_mask=tgt_mask)
+            original, read, tgt_mask = self.dab_fast_probed()
+            probe(self, config, original, read, tgt_mask=tgt_mask)
         except StepAside as found:
             reason = f"{changed} changed, and {found}" if changed else str(found)
         self.dab_fast_verdicts.append((now, reason))

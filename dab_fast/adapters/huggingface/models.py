@@ -18,7 +18,7 @@ from dab_fast import reference
 from dab_fast._tracing import compiling
 from dab_fast.adapters._description import Code, is_from
 from dab_fast.adapters._fast import DropoutRates, Fast, FastDecoder, same
-from dab_fast.adapters._probe import Forward, check_parameters, probe
+from dab_fast.adapters._probe import Forward, Read, check_parameters, probe
 from dab_fast.adapters.huggingface import INVERSE_SIGMOID_EPS, canonical_name
 from dab_fast.config import Activation, DecoderConfig
 from dab_fast.decoder import decode, predict_boxes
@@ -49,8 +49,8 @@ class DabDetrDecoder(FastDecoder, original.DabDetrDecoder):
     def dab_fast_settings(self) -> dict[str, Any]:
         return settings(self)
 
-    def dab_fast_forwards(self) -> tuple[Forward, Forward, bool]:
-        return original_forward, fast_forward, False
+    def dab_fast_probed(self) -> tuple[Forward, Read, bool]:
+        return original_forward, read, False
 
     def forward(
         self,
@@ -136,7 +136,7 @@ def why_not(module: nn.Module) -> str | None:
             return None  # a call steps aside until what keeps it away has gone
         try:
             check_parameters(params, config)
-            probe(module, config, original_forward, fast_forward, tgt_mask=False)
+            probe(module, config, original_forward, read, tgt_mask=False)
         except StepAside as reason:
             return str(reason)
     return None
@@ -209,13 +209,6 @@ def settings(decoder: Any) -> dict[str, Any]:
     """What their decoder reads from its config."""
     config = decoder.config
     return {f"config.{name}": getattr(config, name, None) for name in ("query_dim", "_attn_implementation")}
-
-
-def fast_forward(decoder: nn.Module, *tensors: Tensor, **masks: Tensor | None) -> list[Tensor]:
-    """As `_probe.Forward`."""
-    params, config = read(decoder)
-    output, _ = decode(params, config, *tensors, **masks, training=config.has_dropout)  # type: ignore[arg-type]
-    return list(output)
 
 
 def original_forward(

@@ -13,7 +13,6 @@ from dab_fast.adapters._probe import check_parameters, probe
 from dab_fast.adapters.idea_research.dropin import TransformerDecoder
 from dab_fast.adapters.idea_research.models import (
     INVERSE_SIGMOID_EPS,
-    fast_forward,
     fast_subclass,
     original_forward,
     read,
@@ -43,7 +42,7 @@ def why_not(module: nn.Module) -> str | None:
             raise StepAside("its forward is patched")
         params, config = read(module)
         check_parameters(params, config)
-        probe(module, config, original_forward, fast_forward, tgt_mask=True)
+        probe(module, config, original_forward, read, tgt_mask=True)
     except StepAside as reason:
         return f"{type(module).__module__}.{type(module).__qualname__}: {reason}"
     return None

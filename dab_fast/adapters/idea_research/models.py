@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dab_fast import reference
 from dab_fast._tracing import apart, compiling
 from dab_fast.adapters._fast import DropoutRates, FastDecoder, same
-from dab_fast.adapters._probe import Forward, seeded_randn
+from dab_fast.adapters._probe import Forward, Read, seeded_randn
 from dab_fast.config import Activation, DecoderConfig
 from dab_fast.decoder import decode
 from dab_fast.parameters import StepAside, gather
@@ -88,13 +88,6 @@ def run(
     return list(output)
 
 
-def fast_forward(decoder: nn.Module, *tensors: Tensor, **masks: Tensor | None) -> list[Tensor]:
-    """As `_probe.Forward`."""
-    params, config = read(decoder)
-    output, _ = decode(params, config, *tensors, **masks, training=config.has_dropout)  # type: ignore[arg-type]
-    return list(output)
-
-
 def original_forward(
     decoder: nn.Module, content: Tensor, memory: Tensor, pos: Tensor, anchors: Tensor, **masks: Tensor | None
 ) -> list[Tensor]:
@@ -115,8 +108,8 @@ class FastTransformerDecoder(FastDecoder):
     def dab_fast_read(self) -> tuple[dict[str, Tensor], DecoderConfig]:
         return read(self)
 
-    def dab_fast_forwards(self) -> tuple[Forward, Forward, bool]:
-        return original_forward, fast_forward, True
+    def dab_fast_probed(self) -> tuple[Forward, Read, bool]:
+        return original_forward, read, True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original's arguments and results."""
