@@ -17,7 +17,7 @@ from transformers.models.dab_detr import modeling_dab_detr as original
 from dab_fast import reference
 from dab_fast._tracing import compiling
 from dab_fast.adapters._description import Code, is_from
-from dab_fast.adapters._fast import DropoutRates, Fast, FastDecoder, same
+from dab_fast.adapters._fast import UNREADABLE, DropoutRates, Fast, FastDecoder, same
 from dab_fast.adapters._probe import Forward, Read, check_parameters, probe
 from dab_fast.adapters.huggingface import INVERSE_SIGMOID_EPS, canonical_name
 from dab_fast.config import Activation, DecoderConfig
@@ -179,10 +179,10 @@ def _is_unhooked(module: nn.Module) -> bool:
 def read(decoder: Any) -> tuple[dict[str, Tensor], DecoderConfig]:
     """The parameters of a decoder of theirs, and which decoder it is. Raises StepAside where it cannot be read."""
     params = gather(decoder, _is_container, canonical_name)
-    if len(decoder.layers) != decoder.num_layers or not len(decoder.layers):
-        raise StepAside(f"num_layers is {decoder.num_layers}, and there are {len(decoder.layers)} layers")
-    first: Any = decoder.layers[0]
     try:
+        if len(decoder.layers) != decoder.num_layers or not len(decoder.layers):
+            raise StepAside(f"num_layers is {decoder.num_layers}, and there are {len(decoder.layers)} layers")
+        first: Any = decoder.layers[0]
         config = DecoderConfig(
             d_model=decoder.hidden_size,
             nhead=first.cross_attn.decoder_attention_heads,
@@ -195,7 +195,7 @@ def read(decoder: Any) -> tuple[dict[str, Tensor], DecoderConfig]:
             inverse_sigmoid_eps=INVERSE_SIGMOID_EPS,
             **_dropout_rates(decoder.layers)._asdict(),
         )
-    except (AttributeError, ValueError) as error:
+    except UNREADABLE as error:
         raise StepAside(str(error)) from None
     return params, config
 
