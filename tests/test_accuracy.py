@@ -43,18 +43,18 @@ def test_every_example_on_every_backend(backend, op, variant, dtype, request):
 
 @EXAMPLES
 @pytest.mark.parametrize("special", (torch.nan, torch.inf, -torch.inf))
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("backend", _backends.BACKENDS)
-def test_what_is_not_finite_stays_so(backend, op, variant, dtype, special):
+def test_what_is_not_finite_stays_so(backend, op, variant, special):
     """Or a guard that stops where a loss is not finite would pass, and a step make every parameter NaN.
 
-    The masks hide nothing here: what is hidden may go unread.
+    There are no masks here: what is hidden may go unread.
     """
     if reason := _backends.why_not(backend, op, CPU):
         pytest.skip(reason)
     example = the_example(op, variant)
     for name in (name for name, x in example.inputs.items() if x.is_floating_point()):
-        inputs = {key: x.clone() if x.is_floating_point() else x & False for key, x in example.rounded(dtype).items()}
+        given = example.rounded(torch.float32)
+        inputs = {key: x.clone() if x.is_floating_point() else None for key, x in given.items()}
         inputs[name].view(-1)[-1] = special  # of attention a key that fills no vector
         with ops.backend(backend):
             ours = outputs_and_gradients(example.positional(example.call), inputs)
