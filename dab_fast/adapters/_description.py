@@ -196,10 +196,10 @@ class Watch:
 
     def __init__(self, root: nn.Module, code: Code, params: dict[str, Tensor], reading: Any) -> None:
         self.reading, self._code = reading, code
-        self._modules = [self._entry(module) for module in root.modules()]
         places = {id(x): (m._parameters, key) for m in root.modules() for key, x in m._parameters.items()}
         self._params = [(name, *places[id(x)], x) for name, x in params.items() if id(x) in places]
         self.whole = len(self._params) == len(params)  # a replica's tensors are no parameters
+        self._modules = [self._entry(module) for module in root.modules()] if self.whole else []
 
     @staticmethod
     def _entry(module: nn.Module) -> tuple[nn.Module, type, dict[str, Any], int, Callable[[Any], Any], Any]:
