@@ -31,7 +31,9 @@ from tests.support.surgery import (
 
 WIDTH = 16
 RUN = {"huggingface": run_huggingface_decoder, "idea": run_idea_decoder}
-LEAST_SHARE = 0.15  # of the examples that the fast path serves; a third are no change or one that it can serve
+# Of the examples that the fast path serves: 0.54 to 0.58 of 500 to 2,500 examples drawn evenly, 0.63 of the 200 that
+# are the same at every run. Half are no change, one that it can serve, or one that the module chosen has no use for.
+LEAST_SHARE = 0.5
 
 
 @functools.cache
