@@ -68,12 +68,7 @@ def accelerate(model: nn.Module, *, recompute: bool = False) -> Report:
         ValueError: nothing in `model` is a DAB-DETR module that dab_fast knows; the model is left as it was.
     """
     _check_module(model)
-    default_dtype = torch.get_default_dtype()  # of the process, where `apart` helps only with what is a thread's
-    torch.set_default_dtype(torch.float32)
-    try:
-        replaced, not_replaced = apart(lambda: _replace(model))
-    finally:
-        torch.set_default_dtype(default_dtype)
+    replaced, not_replaced = apart(lambda: _replace(model))
     for module in replaced.values():
         module.dab_fast_recompute = recompute
     if not replaced:
