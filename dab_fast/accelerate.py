@@ -81,12 +81,7 @@ def accelerate(model: nn.Module, *, parts: Collection[str] = PARTS, recompute: b
     """
     _check_module(model)
     wanted = _checked_parts(parts)
-    default_dtype = torch.get_default_dtype()  # of the process, where `apart` helps only with what is a thread's
-    torch.set_default_dtype(torch.float32)
-    try:
-        replaced, not_replaced = apart(lambda: _replace(model, wanted))
-    finally:
-        torch.set_default_dtype(default_dtype)
+    replaced, not_replaced = apart(lambda: _replace(model, wanted))
     for module in replaced.values():
         module.dab_fast_recompute = recompute
     if not replaced:

@@ -41,6 +41,33 @@ def test_every_example_on_every_backend(backend, op, variant, dtype, request):
     check(the_example(op, variant, request.config.getoption("seed")), backend, dtype)
 
 
+@EXAMPLES
+@pytest.mark.parametrize("special", (torch.nan, torch.inf, -torch.inf))
+@pytest.mark.parametrize("backend", _backends.BACKENDS)
+def test_what_is_not_finite_stays_so(backend, op, variant, special):
+    """Or a guard that stops where a loss is not finite would pass, and a step make every parameter NaN.
+
+    There are no masks here: what is hidden may go unread.
+    """
+    if reason := _backends.why_not(backend, op, CPU):
+        pytest.skip(reason)
+    example = the_example(op, variant)
+    for name in (name for name, x in example.inputs.items() if x.is_floating_point()):
+        given = example.rounded(torch.float32)
+        inputs = {key: x.clone() if x.is_floating_point() else None for key, x in given.items()}
+        inputs[name].view(-1)[-1] = special  # of attention a key that fills no vector
+        with ops.backend(backend):
+            ours = outputs_and_gradients(example.positional(example.call), inputs)
+        theirs = outputs_and_gradients(example.positional(example.specification), inputs)
+        for key, x in theirs.items():
+            if key.startswith("d_"):
+                # Infinity times zero in another order, or NaN where the specification clamps, is not hidden either.
+                assert not ours[key][~x.isfinite()].isfinite().any(), f"{name}: {key}"
+            else:
+                same = dict(rtol=0, atol=0, equal_nan=True)
+                torch.testing.assert_close(*(torch.where(y.isfinite(), 0, y) for y in (ours[key], x)), **same)
+
+
 OP, VARIANT = "modulated_cross_attention", "two parts, padded"
 PADDED = Shape(batch=2, queries=9, height=6, width=7, padded=True)
 NAMES = ("q_content", "q_pos", "k_content", "k_pos", "v")

@@ -148,6 +148,19 @@ class Refusing(second.TransformerDecoder):
         raise AssertionError
 
 
+class Giving(second.TransformerDecoder):
+    """Gives `give(*what the decoder gives)`."""
+
+    def forward(self, *args, **kwargs):
+        return self.give(*super().forward(*args, **kwargs))
+
+
+def giving(give):
+    decoder = oracle()
+    decoder.__class__, decoder.give = Giving, give
+    return decoder
+
+
 def fork(**change):
     decoder = oracle()
     decoder.__class__, decoder.change = Fork, change
@@ -163,9 +176,15 @@ def edited(edit):
 @pytest.mark.parametrize(
     "decoder, reason",
     [
-        (lambda: fork(logit_1e3=other_eps), "reference points are not what the original computes"),
+        (lambda: fork(logit_1e3=other_eps), "are not what the original computes"),
         (lambda: fork(point_features=other_features), "hidden states are not what the original computes"),
         (lambda: edited(lambda d: setattr(d, "__class__", Refusing)), "its forward raises TypeError"),
+        (lambda: giving(lambda h, r: (h, r, h)), "gives something else than hidden states and reference points"),
+        (lambda: giving(lambda h, r: (h, None)), "gives something else"),
+        (lambda: giving(lambda h, r: {"hidden_states": h, "reference_points": r}), "gives something else"),
+        (lambda: giving(lambda h, r: h), "gives something else"),
+        (lambda: giving(lambda h, r: (h, r.detach())), "its gradient of .* is not what the original computes"),
+        (lambda: giving(lambda h, r: (h.detach(), r.detach())), "its gradient of .* is not what the original computes"),
         (lambda: edited(lambda d: setattr(d, "bbox_embed", Gelu(D, D, D, 4))), "bbox_embed is a .*Gelu"),
         (lambda: edited(lambda d: d.layers[1].add_module("adapter", nn.Linear(D, D))), "has no layers.1.adapter.bias"),
         (lambda: edited(lambda d: d.layers[1].register_parameter("gate", nn.Parameter(torch.ones(D)))), "layers.1 is"),

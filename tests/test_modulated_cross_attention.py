@@ -275,3 +275,24 @@ def test_nothing_to_do(triton, sizes):
     for gradient, x in zip(gradients, tensors.values(), strict=True):
         assert gradient.shape == x.shape
         assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("backend", ("torch", "triton"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("keys", (3, 37))
+@pytest.mark.parametrize("masked", (False, True))
+@pytest.mark.parametrize("special", (torch.nan, torch.inf))
+def test_what_is_not_finite_stays_so(special, masked, keys, dtype, backend):
+    """PyTorch's fused attention makes zeros of a query that is NaN, where keys are few or some are hidden."""
+    visible = keys - masked
+    options = {"key_padding_mask": torch.arange(keys).expand(2, keys) >= visible} if masked else {}
+    for name in ("q_content", "k_content", "v"):
+        tensors = inputs(Q=5, S=keys, dtype=dtype)
+        tensors[name][-1, -2] = special  # of keys the last that is seen
+        with ops.backend(backend):
+            ours = results(ops.modulated_cross_attention, tensors, **options)
+        theirs = results(reference.modulated_cross_attention, tensors, **options)
+        assert not theirs[0].isfinite().all()
+        for of, x, y in zip(("out", *NAMES), ours, theirs, strict=True):
+            seen = slice(visible if of in NAMES[2:] else None)  # the gradient of a hidden key may stay zero
+            assert not x[:, seen][~y[:, seen].isfinite()].isfinite().any(), f"{name}: {of}"

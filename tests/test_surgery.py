@@ -19,6 +19,7 @@ from tests.support.surgery import (
     attempt,
     cases,
     check,
+    enter,
     huggingface,
     huggingface_decoder,
     mlp,
@@ -92,6 +93,9 @@ STRUCTURE = [
     Change("head_is_a_sequential", sequential_head, "ref_anchor_head"),
     Change("mlp_without_relu", setting("query_scale.num_layers", 1), "query_scale"),
     Change("mlp_with_a_last_relu", setting("ref_anchor_head.num_layers", 3), "ref_anchor_head"),
+    Change("layers_absent", setting("layers", None), "layers"),
+    Change("layer_1_absent", setting("layers.1", None), "layers.1"),
+    Change("ffn_absent", setting("layers.1.mlp", None), "mlp"),
     Change("layers_doubled", layers(lambda x: [*x, *copy.deepcopy(x)]), "layers"),
     Change("layers_shared", layers(lambda x: [x[0], x[1], x[1]]), "layers"),
     Change("layers_reversed", layers(lambda x: x[::-1]), "layers"),
@@ -362,9 +366,7 @@ def test_patched_classes_and_functions(owner, name, value, when, monkeypatch):
     base = huggingface_decoder()
     theirs, ours = copy.deepcopy(base), copy.deepcopy(base)
     before = attempt(run_huggingface_decoder, theirs, padded=True)
-    reasons = None
-    if when == "after":
-        reasons = accelerate(ours)
+    reasons = enter(ours, run_huggingface_decoder, when, padded=True)
     monkeypatch.setattr(owner, name, value)
     reasons = reasons or accelerate(ours)
     expected = attempt(run_huggingface_decoder, theirs, padded=True)
@@ -372,7 +374,7 @@ def test_patched_classes_and_functions(owner, name, value, when, monkeypatch):
     assert_same(attempt(run_huggingface_decoder, ours, padded=True), expected)
     assert named in reasons()
     monkeypatch.undo()
-    if when == "after":
+    if when != "before":
         seen = reasons()
         assert_same(attempt(run_huggingface_decoder, ours, padded=True), before)
         assert reasons() == seen, "without the patch it is fast again"
@@ -383,9 +385,7 @@ def test_patched_classes_and_functions(owner, name, value, when, monkeypatch):
 def test_patched_models(name, when, monkeypatch):
     owner = getattr(original, name)
     theirs, ours = copy.deepcopy(huggingface()), copy.deepcopy(huggingface())
-    reasons = None
-    if when == "after":
-        reasons = accelerate(ours)
+    reasons = enter(ours, run_model, when)
     monkeypatch.setattr(owner, "forward", scaled(owner.forward))
     reasons = reasons or accelerate(ours)
     assert_same(attempt(run_model, ours), attempt(run_model, theirs))
@@ -454,14 +454,3 @@ def test_a_setting_that_counts_calls_is_not_probed_for_ever():
         assert bool(reasons()) == (calls >= 15)
     assert "layers.1.calls keeps changing" in reasons()
     assert len(ours.dab_fast_verdicts) == 16
-
-
-def test_what_is_changed_after_a_call_is_seen():
-    """A call leaves a watch behind, which must ask for the config, too."""
-    theirs, ours = copy.deepcopy(huggingface_decoder()), copy.deepcopy(huggingface_decoder())
-    reasons = accelerate(ours)
-    attempt(run_huggingface_decoder, ours, padded=True)
-    for decoder in (theirs, ours):
-        decoder.config._attn_implementation = "sdpa"
-    assert_same(*(attempt(run_huggingface_decoder, d, padded=True) for d in (ours, theirs)))
-    assert "config" in reasons()

@@ -24,6 +24,7 @@ from tests.support.surgery import (
     attempt,
     cases,
     check,
+    enter,
     huggingface_decoder,
     idea,
     mlp,
@@ -158,9 +159,7 @@ def test_flags_of_a_layer_after_accelerate(change, monkeypatch):
 def test_patched_classes(kind, when, monkeypatch):
     owner = getattr(second, kind)
     theirs, ours = copy.deepcopy(idea()), copy.deepcopy(idea())
-    found, reasons = owner.forward, None
-    if when == "after":
-        reasons = accelerate(ours)
+    found, reasons = owner.forward, enter(ours, run_idea_decoder, when)
 
     def forward(self, *args, **kwargs):
         out = found(self, *args, **kwargs)
@@ -176,9 +175,7 @@ def test_patched_classes(kind, when, monkeypatch):
 @pytest.mark.parametrize("name", ["point_features", "logit_1e3"])
 def test_patched_functions(name, when, monkeypatch):
     theirs, ours = copy.deepcopy(idea()), copy.deepcopy(idea())
-    found, reasons = getattr(second, name), None
-    if when == "after":
-        reasons = accelerate(ours)
+    found, reasons = getattr(second, name), enter(ours, run_idea_decoder, when)
     monkeypatch.setattr(second, name, lambda *args: found(*args) * 1.1)
     reasons = reasons or accelerate(ours)
     assert_same(attempt(run_idea_decoder, ours), attempt(run_idea_decoder, theirs))
@@ -312,11 +309,10 @@ def test_dropout_asks_the_module_that_drops(codebase, modes, when):
     run = run_idea_decoder if codebase == "idea" else run_huggingface_decoder
     theirs = dropping(codebase).train()
     ours = copy.deepcopy(theirs)
-    if when == "after":
-        accelerate(ours)
+    entered = enter(ours, run, when)
     for decoder in (theirs, ours):
         modes(decoder)
-    if when == "before":
+    if entered is None:
         accelerate(ours)
 
     def spread(decoder: nn.Module) -> float:

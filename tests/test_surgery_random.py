@@ -18,11 +18,22 @@ from transformers import DabDetrConfig
 from transformers.models.dab_detr.modeling_dab_detr import DabDetrDecoder, DabDetrMLP
 
 from tests.support.models import perturb_
-from tests.support.surgery import accelerate, assert_same, attempt, idea, run_huggingface_decoder, run_idea_decoder
+from tests.support.surgery import (
+    MOMENTS,
+    accelerate,
+    assert_same,
+    attempt,
+    enter,
+    idea,
+    run_huggingface_decoder,
+    run_idea_decoder,
+)
 
 WIDTH = 16
 RUN = {"huggingface": run_huggingface_decoder, "idea": run_idea_decoder}
-LEAST_SHARE = 0.15  # of the examples that the fast path serves; a third are no change or one that it can serve
+# Of the examples that the fast path serves: 0.54 to 0.58 of 500 to 2,500 examples drawn evenly, 0.63 of the 200 that
+# are the same at every run. Half are no change, one that it can serve, or one that the module chosen has no use for.
+LEAST_SHARE = 0.5
 
 
 @functools.cache
@@ -171,13 +182,13 @@ class Surgery:
     def __repr__(self) -> str:
         names = sorted(name for name, _ in base(self.codebase).named_modules() if name)
         place = names[self.place % len(names)]
-        return f"{self.change.__name__} of {place} ({self.number}), {self.when} accelerate, {self.codebase}"
+        return f"{self.change.__name__} of {place} ({self.number}), {self.when}, {self.codebase}"
 
 
 surgeries = st.builds(
     Surgery,
     st.sampled_from(sorted(RUN)),
-    st.sampled_from(["before", "after"]),
+    st.sampled_from(MOMENTS),
     st.sampled_from(CHANGES),
     st.integers(0, 199),
     st.integers(0, 59),
@@ -189,11 +200,9 @@ def operate(surgery: Surgery) -> bool:
     run, theirs = RUN[surgery.codebase], copy.deepcopy(base(surgery.codebase))
     ours = copy.deepcopy(theirs)
     surgery.apply(theirs)
-    if surgery.when == "after":
-        reasons = accelerate(ours)
+    reasons = enter(ours, run, surgery.when)
     surgery.apply(ours)
-    if surgery.when == "before":
-        reasons = accelerate(ours)
+    reasons = reasons or accelerate(ours)
     one, found = (attempt_seeded(run, decoder, 1) for decoder in (theirs, ours))
     if one.error is not None or not varies(run, theirs, one):
         assert_same(found, one)

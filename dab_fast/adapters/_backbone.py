@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dab_fast.accuracy import PROBE_TOLERANCE
 from dab_fast.adapters._fast import FastPart
-from dab_fast.adapters._probe import compare_gradients, neutral, seeded_randn
+from dab_fast.adapters._probe import compare_gradients, gradients, neutral, seeded_randn
 from dab_fast.parameters import StepAside
 from dab_fast.parts.folding import forget
 from dab_fast.parts.resnet import Block, Convolution, Plan
@@ -135,7 +135,8 @@ def _compare(module: nn.Module, original: Forward, fast: Forward, images: Tensor
                 f"its feature maps are not what the original computes{when}: {difference:.1e} of the largest"
             )
     if images.requires_grad:
-        compare_gradients(module, got, expected, {"pixel_values": images}, when)
+        leaves = {"pixel_values": images} | dict(module.named_parameters())
+        compare_gradients(list(leaves), gradients(got, leaves), gradients(expected, leaves), when)
 
 
 # Where a network has at least this many channels, the copy has a part of them: values are compared as well there.

@@ -199,11 +199,11 @@ class Watch:
 
     def __init__(self, root: nn.Module, code: Code, tensors: dict[str, Tensor], reading: Any) -> None:
         self.reading, self._code = reading, code
-        self._modules = [self._entry(module) for module in root.modules()]
         holders = [holder for m in root.modules() for holder in (m._parameters, m._buffers)]
         places = {id(x): (holder, key) for holder in holders for key, x in holder.items()}
         self._tensors = [(name, *places[id(x)], x) for name, x in tensors.items() if id(x) in places]
         self.whole = len(self._tensors) == len(tensors)  # a replica's tensors are no parameters
+        self._modules = [self._entry(module) for module in root.modules()] if self.whole else []
 
     @staticmethod
     def _entry(module: nn.Module) -> tuple[nn.Module, type, dict[str, Any], int, Callable[[Any], Any], Any]:

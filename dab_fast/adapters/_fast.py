@@ -30,6 +30,10 @@ class DropoutRates(NamedTuple):
     activation_dropout: float = 0.0
 
 
+# What reading a tree raises where a module is absent or another: a reason to step aside, for the original may not mind.
+UNREADABLE = (AttributeError, IndexError, KeyError, TypeError, ValueError)
+
+
 def same(what: str, values: set[Any]) -> Any:
     """The one value that all layers have. Raises StepAside."""
     if len(values) != 1:

@@ -5,27 +5,30 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dab_fast.accuracy import PROBE_TOLERANCE
 from dab_fast.config import DecoderConfig
-from dab_fast.decoder import DabDecoder
+from dab_fast.decoder import DabDecoder, decode
 from dab_fast.parameters import StepAside
 
 # Of a gradient's norm, or of a thousandth of the largest one's: rounding stays below 1e-4; one lost path exceeds 0.1.
 _GRADIENT_TOLERANCE, _NEGLIGIBLE = 1e-2, 1e-3
 
-
-_GIVEN = ("content", "memory", "pos", "anchors")
+# Between the random numbers of one parameter and of the next: a prime, which is a multiple of no width.
+_STRIDE = 1009
 
 # A decoder's forward, batch first: of the decoder, content [B, Q, D], memory and pos [B, S, D], anchors before the
 # sigmoid [B, Q, query_dim], and by name `memory_key_padding_mask`, bool [B, S], and `tgt_mask`, bool [Q, Q], or None.
 # Gives hidden states [L, B, Q, D] and reference points [L or 1, B, Q, query_dim].
 Forward = Callable[..., list[Tensor]]
+
+# Of a decoder: its parameters by canonical name, and which decoder it is. Raises StepAside where it cannot be read.
+Read = Callable[[nn.Module], tuple[dict[str, Tensor], DecoderConfig]]
 
 
 def probe(
@@ -33,11 +36,11 @@ def probe(
     params: dict[str, Tensor],  # of the decoder
     config: DecoderConfig,
     original: Forward,
-    fast: Forward,
+    read: Read,
     *,
-    tgt_mask: bool,  # whether both take one
+    tgt_mask: bool,  # whether both forwards take one
 ) -> None:
-    """Raise StepAside unless both forwards agree on a copy with random parameters and no dropout.
+    """Raise StepAside unless the original forward and the fast one agree on a copy with random parameters, no dropout.
 
     In evaluation and in training, with gradients (of inputs and parameters, and with masks) and without, and twice in
     training: what is random there, or counts its calls, is not the original's.
@@ -49,10 +52,11 @@ def probe(
         except Exception as error:
             raise StepAside(f"it cannot be copied: {error}") from error
         with torch.random.fork_rng(devices=[]):
-            for training, grad in ((False, False), (False, True), (True, True), (True, False)):
-                decoder.train(training).requires_grad_(grad)
+            for grad in (False, True):
+                decoder.requires_grad_(grad)
                 given, masks = _random_inputs(config, randn, grad, tgt_mask)
-                _compare(decoder, original, fast, given, masks, " in training" if training else "")
+                with torch.set_grad_enabled(grad):
+                    _compare(decoder, original, read, given, masks, grad)
 
 
 def _check_parameters(params: dict[str, Tensor], config: DecoderConfig) -> None:
@@ -116,18 +120,32 @@ def _random_inputs(
     return [x.requires_grad_(grad) for x in given], masks
 
 
+class _Ran(NamedTuple):
+    """What a forward gave, and the gradients of a random combination of it."""
+
+    outputs: list[Tensor]
+    gradients: list[Tensor]
+
+
 def _compare(
     decoder: nn.Module,
     original: Forward,
-    fast: Forward,
+    read: Read,
     given: list[Tensor],
     masks: dict[str, Any],
-    when: str,
+    grad: bool,
 ) -> None:
-    grad = given[0].requires_grad
-    with torch.set_grad_enabled(grad):
+    """In evaluation and in training; where one config is read in both, so that both are one run, the fast one is."""
+    leaves = dict(zip(("content", "memory", "pos", "anchors"), given, strict=True)) | dict(decoder.named_parameters())
+    fast: dict[DecoderConfig, _Ran] = {}
+    for training in (False, True):
+        decoder.train(training)
+        when = " in training" if training else ""
         try:
-            expected = fast(decoder, *given, **masks)
+            params, config = read(decoder)
+            if config not in fast:
+                outputs, _ = decode(params, config, *given, **masks, training=config.has_dropout)
+                fast[config] = _Ran(list(outputs), gradients(outputs, leaves) if grad else [])
         except Exception as error:
             raise StepAside(f"the fast forward does not know it{when}: {type(error).__name__}: {error}") from error
         random_state = torch.get_rng_state()
@@ -135,9 +153,18 @@ def _compare(
             got = list(original(decoder, *given, **masks))
         except Exception as error:
             raise StepAside(f"its forward raises {type(error).__name__} on a copy{when}: {error}") from error
-    if not torch.equal(torch.get_rng_state(), random_state):
-        raise StepAside(f"it draws random numbers{when} with every dropout rate at 0")
-    for name, x, right in zip(("hidden states", "reference points"), got, expected, strict=True):
+        if not torch.equal(torch.get_rng_state(), random_state):
+            raise StepAside(f"it draws random numbers{when} with every dropout rate at 0")
+        _compare_outputs(got, fast[config].outputs, when)
+        if grad:
+            compare_gradients(list(leaves), gradients(got, leaves), fast[config].gradients, when)
+
+
+@torch.no_grad()
+def _compare_outputs(theirs: list[Any], ours: list[Tensor], when: str) -> None:
+    if len(theirs) != len(ours) or not all(isinstance(x, Tensor) for x in theirs):
+        raise StepAside(f"its forward gives something else{when} than hidden states and reference points")
+    for name, x, right in zip(("hidden states", "reference points"), theirs, ours, strict=True):
         if x.shape != right.shape:
             raise StepAside(f"its {name} have shape {list(x.shape)}{when}, not {list(right.shape)}")
         if name == "reference points":
@@ -145,28 +172,26 @@ def _compare(
         difference = (x - right).abs().max().item()
         if not difference <= PROBE_TOLERANCE:
             raise StepAside(f"its {name} are not what the original computes{when}: they differ by {difference:.1e}")
-    if grad:
-        compare_gradients(decoder, got, expected, dict(zip(_GIVEN, given, strict=True)), when)
 
 
-def compare_gradients(
-    module: nn.Module, got: list[Tensor], expected: list[Tensor], given: dict[str, Tensor], when: str
-) -> None:
-    """Raise StepAside unless the original's outputs and the fast ones have the same gradients."""
-    named = given | dict(module.named_parameters())
-    names, leaves = list(named), list(named.values())
+def gradients(outputs: Sequence[Tensor], leaves: dict[str, Tensor]) -> list[Tensor]:
+    """Of a random combination of the outputs; zeros for a leaf on which none of them depends."""
     randn = seeded_randn()
-    cotangents = [randn(x.shape) for x in expected]
-    theirs, ours = (
-        [
-            torch.zeros_like(leaf) if g is None else g
-            for leaf, g in zip(leaves, torch.autograd.grad(outputs, leaves, cotangents, allow_unused=True), strict=True)
-        ]
-        for outputs in (got, expected)
-    )
+    loss = 0.0 * next(iter(leaves.values())).sum()  # which has a gradient where no output has one
+    for x in outputs:
+        loss = loss + (x * randn(x.shape)).sum()
+    return list(torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True))
+
+
+def compare_gradients(names: list[str], theirs: list[Tensor], ours: list[Tensor], when: str) -> None:
+    """Raise StepAside unless the gradients of the original and the fast forward are the same."""
     norms = torch.stack([g.norm() for g in theirs])
     least = torch.maximum(norms, _NEGLIGIBLE * norms.max())
-    errors = torch.stack([(a - b).norm() for a, b in zip(ours, theirs, strict=True)]) / least
+    scratch = torch.empty(max(g.numel() for g in ours))  # new memory would take longer than the subtraction
+    differences = [
+        torch.sub(a, b, out=scratch[: a.numel()].view(a.shape)).norm() for a, b in zip(ours, theirs, strict=True)
+    ]
+    errors = torch.stack(differences) / least
     worst = int(errors.argmax())
     if not errors[worst] <= _GRADIENT_TOLERANCE:
         raise StepAside(
@@ -179,7 +204,15 @@ def compare_gradients(
 def _randomized_copy(module: nn.Module) -> tuple[nn.Module, Callable[..., Tensor]]:
     """A float32 copy on the CPU without dropout whose parameters hide nothing, and its source of random numbers."""
     randn = seeded_randn()
-    module = copy.deepcopy(module).to(device="cpu", dtype=torch.float32)
+    matrices = [p for p in module.parameters() if p.dim() > 1]
+    # All from the same few numbers: little to draw, nothing to copy, and it stays in the cache.
+    numbers = randn(max(p.numel() for p in matrices) + _STRIDE * len(matrices))
+    scaled = functools.cache(lambda width: numbers * width**-0.5)
+    drawn: dict[int, Any] = {
+        id(p): nn.Parameter(scaled(p.shape[-1])[i * _STRIDE :][: p.numel()].view(p.shape))
+        for i, p in enumerate(matrices)
+    }
+    module = copy.deepcopy(module, drawn).to(device="cpu", dtype=torch.float32)
     for part in module.modules():
         if type(part) is nn.Dropout:
             part.p = 0.0
@@ -187,11 +220,8 @@ def _randomized_copy(module: nn.Module) -> tuple[nn.Module, Callable[..., Tensor
             if isinstance(getattr(part, name, None), float):
                 setattr(part, name, 0.0)
     for parameter in module.parameters():
-        noise = randn(parameter.shape)
-        if parameter.dim() > 1:
-            parameter.copy_(noise * parameter.shape[-1] ** -0.5)
-        else:
-            parameter.add_(0.1 * noise)
+        if parameter.dim() <= 1:
+            parameter.add_(0.1 * randn(parameter.shape))
     return module, randn
 
 

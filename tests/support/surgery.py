@@ -21,7 +21,9 @@ import dab_fast
 from tests.support import idea_models
 from tests.support.models import HIDDEN_TOLERANCE, assert_same_gradients, huggingface_model, images, perturb_
 
-WHEN = pytest.mark.parametrize("when", ["before", "after"])
+# Before accelerate, after it, and after a call that was served fast, which leaves a watch behind.
+MOMENTS = ("before", "after", "after a call")
+WHEN = pytest.mark.parametrize("when", MOMENTS)
 
 
 @dataclass(frozen=True)
@@ -125,17 +127,26 @@ def accelerate(model: nn.Module) -> Callable[[], str]:
     )
 
 
+def enter(model: nn.Module, run: Runner, when: str, *, padded: bool = False) -> Callable[[], str] | None:
+    """What comes before a change: nothing, `accelerate`, or `accelerate` and a call. Returns as `accelerate` does."""
+    if when == "before":
+        return None
+    reasons = accelerate(model)
+    if when == "after a call":
+        attempt(run, model, padded=padded)
+        assert not reasons()
+    return reasons
+
+
 def check(base: nn.Module, run: Runner, change: Change, when: str) -> None:
     """The accelerated model with `change` made `when` answers as the original does, and any reason names the change."""
     theirs, ours = copy.deepcopy(base), copy.deepcopy(base)
     torch.manual_seed(0)
     change.apply(theirs)
-    if when == "after":
-        reasons = accelerate(ours)
+    reasons = enter(ours, run, when, padded=change.padded)
     torch.manual_seed(0)
     change.apply(ours)
-    if when == "before":
-        reasons = accelerate(ours)
+    reasons = reasons or accelerate(ours)
     expected = attempt(run, theirs, padded=change.padded)
     if change.matters and expected.error is None:
         assert differ(expected, unchanged(base, run, change.padded)), (

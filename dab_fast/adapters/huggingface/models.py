@@ -15,7 +15,7 @@ from transformers.models.dab_detr import modeling_dab_detr as original
 
 from dab_fast import reference
 from dab_fast._tracing import compiling
-from dab_fast.adapters._fast import DropoutRates, Fast, FastPart, same
+from dab_fast.adapters._fast import UNREADABLE, DropoutRates, Fast, FastPart, same
 from dab_fast.adapters._probe import probe
 from dab_fast.adapters.huggingface import INVERSE_SIGMOID_EPS, canonical_name, criterion
 from dab_fast.adapters.huggingface._known import Known, is_known, is_theirs, is_unhooked
@@ -54,7 +54,7 @@ class DabDetrDecoder(Known, FastPart, original.DabDetrDecoder):
 
     @staticmethod
     def dab_fast_probe(module: Any, tensors: dict[str, Tensor], reading: DecoderConfig) -> None:
-        probe(module, tensors, reading, original_forward, fast_forward, tgt_mask=False)
+        probe(module, tensors, reading, original_forward, read, tgt_mask=False)
 
     def forward(
         self,
@@ -133,10 +133,10 @@ _INVERSE_SIGMOID = original.inverse_sigmoid
 def read(decoder: Any) -> tuple[dict[str, Tensor], DecoderConfig]:
     """The parameters of a decoder of theirs, and which decoder it is. Raises StepAside where it cannot be read."""
     params = gather(decoder, _is_container, canonical_name)
-    if len(decoder.layers) != decoder.num_layers or not len(decoder.layers):
-        raise StepAside(f"num_layers is {decoder.num_layers}, and there are {len(decoder.layers)} layers")
-    first: Any = decoder.layers[0]
     try:
+        if len(decoder.layers) != decoder.num_layers or not len(decoder.layers):
+            raise StepAside(f"num_layers is {decoder.num_layers}, and there are {len(decoder.layers)} layers")
+        first: Any = decoder.layers[0]
         config = DecoderConfig(
             d_model=decoder.hidden_size,
             nhead=first.cross_attn.decoder_attention_heads,
@@ -149,7 +149,7 @@ def read(decoder: Any) -> tuple[dict[str, Tensor], DecoderConfig]:
             inverse_sigmoid_eps=INVERSE_SIGMOID_EPS,
             **_dropout_rates(decoder.layers)._asdict(),
         )
-    except (AttributeError, ValueError) as error:
+    except UNREADABLE as error:
         raise StepAside(str(error)) from None
     return params, config
 
@@ -163,13 +163,6 @@ def settings(decoder: Any) -> dict[str, Any]:
     """What their decoder reads from its config."""
     config = decoder.config
     return {f"config.{name}": getattr(config, name, None) for name in ("query_dim", "_attn_implementation")}
-
-
-def fast_forward(decoder: nn.Module, *tensors: Tensor, **masks: Tensor | None) -> list[Tensor]:
-    """As `_probe.Forward`."""
-    params, config = read(decoder)
-    output, _ = decode(params, config, *tensors, **masks, training=config.has_dropout)  # type: ignore[arg-type]
-    return list(output)
 
 
 def original_forward(

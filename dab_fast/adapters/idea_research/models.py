@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dab_fast import reference
 from dab_fast._tracing import apart, compiling
-from dab_fast.adapters._fast import DropoutRates, FastPart, same
+from dab_fast.adapters._fast import UNREADABLE, DropoutRates, FastPart, same
 from dab_fast.adapters._probe import probe, seeded_randn
 from dab_fast.config import Activation, DecoderConfig
 from dab_fast.decoder import decode
@@ -29,18 +29,18 @@ def read(decoder: nn.Module) -> tuple[dict[str, Tensor], DecoderConfig]:
         StepAside: it cannot be read; the message says why.
     """
     theirs: Any = decoder
-    layers = theirs.layers
-    first = layers[0]
-    same("classes", {type(layer) for layer in layers})
-    attentions = {type(first.self_attn), type(first.cross_attn)}
-
-    def is_container(module: nn.Module) -> bool:
-        if module._parameters and any(p is not None for p in module._parameters.values()):
-            return False
-        return type(module) is type(first) or type(module) in attentions or is_relu_mlp(module)
-
-    params = gather(decoder, is_container, lambda name: name)
     try:
+        layers = theirs.layers
+        first = layers[0]
+        same("classes", {type(layer) for layer in layers})
+        attentions = {type(first.self_attn), type(first.cross_attn)}
+
+        def is_container(module: nn.Module) -> bool:
+            if module._parameters and any(p is not None for p in module._parameters.values()):
+                return False
+            return type(module) is type(first) or type(module) in attentions or is_relu_mlp(module)
+
+        params = gather(decoder, is_container, lambda name: name)
         rates = _dropout_rates(layers)
         config = DecoderConfig(
             d_model=theirs.norm.normalized_shape[0],
@@ -56,7 +56,7 @@ def read(decoder: nn.Module) -> tuple[dict[str, Tensor], DecoderConfig]:
             inverse_sigmoid_eps=INVERSE_SIGMOID_EPS,
             **rates._asdict(),
         )
-    except (AttributeError, ValueError) as error:
+    except UNREADABLE as error:
         raise StepAside(str(error)) from None
     return params, config
 
@@ -88,13 +88,6 @@ def run(
     return list(output)
 
 
-def fast_forward(decoder: nn.Module, *tensors: Tensor, **masks: Tensor | None) -> list[Tensor]:
-    """As `_probe.Forward`."""
-    params, config = read(decoder)
-    output, _ = decode(params, config, *tensors, **masks, training=config.has_dropout)  # type: ignore[arg-type]
-    return list(output)
-
-
 def original_forward(
     decoder: nn.Module, content: Tensor, memory: Tensor, pos: Tensor, anchors: Tensor, **masks: Tensor | None
 ) -> list[Tensor]:
@@ -119,7 +112,7 @@ class FastTransformerDecoder(FastPart):
 
     @staticmethod
     def dab_fast_probe(module: Any, tensors: dict[str, Tensor], reading: DecoderConfig) -> None:
-        probe(module, tensors, reading, original_forward, fast_forward, tgt_mask=True)
+        probe(module, tensors, reading, original_forward, read, tgt_mask=True)
 
     @classmethod
     def dab_fast_why_not(cls, module: nn.Module) -> str | None:
