@@ -10,19 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
 from transformers.activations import GELUActivation, SiLUActivation
 from transformers.models.dab_detr import modeling_dab_detr as original
 
 from dab_fast import reference
 from dab_fast._tracing import compiling
-from dab_fast.adapters._description import Code, is_from
 from dab_fast.adapters._fast import DropoutRates, Fast, FastPart, same
 from dab_fast.adapters._probe import probe
 from dab_fast.adapters.huggingface import INVERSE_SIGMOID_EPS, canonical_name
+from dab_fast.adapters.huggingface._known import Known, is_known, is_theirs, is_unhooked
 from dab_fast.config import Activation, DecoderConfig
 from dab_fast.decoder import decode, predict_boxes
-from dab_fast.parameters import StepAside, check_unhooked, gather
+from dab_fast.parameters import StepAside, gather
 from dab_fast.precision import autocast_on
 
 
@@ -39,20 +38,7 @@ def _is_container(module: nn.Module) -> bool:
     )
 
 
-class _Known(Fast):
-    """Mixed into a fast subclass of a class of theirs, which is left alone where its file's code was patched."""
-
-    @classmethod
-    def dab_fast_why_not(cls, module: nn.Module) -> str | None:
-        kind = cls.dab_fast_original
-        if not _is_theirs(kind):
-            return f"{kind.__name__}.forward is patched"
-        if issubclass(cls, FastPart) and (name := Code(module, kind).foreign(module, kind)) is not None:
-            return f"{name} is patched"
-        return super().dab_fast_why_not(module)
-
-
-class DabDetrDecoder(_Known, FastPart, original.DabDetrDecoder):
+class DabDetrDecoder(Known, FastPart, original.DabDetrDecoder):
     dab_fast_original = original.DabDetrDecoder
     dab_fast_serves = ("decoder",)
     dab_fast_reads = frozenset(("dropout", "attention_dropout", "activation_dropout", "gradient_checkpointing"))
@@ -140,38 +126,7 @@ class DabDetrDecoder(_Known, FastPart, original.DabDetrDecoder):
         return x if autocast_on(x) else x.to(self.layernorm.weight.dtype)
 
 
-# The forwards as their file has them; None where it was patched before.
-_FORWARDS: dict[type[nn.Module], Any] = {
-    kind: kind.forward if is_from(kind.forward, {"transformers"}) else None
-    for kind in (
-        original.DabDetrDecoder,
-        original.DabDetrModel,
-        original.DabDetrForObjectDetection,
-        original.DabDetrEncoder,
-        original.DabDetrConvModel,
-        original.DabDetrSinePositionEmbedding,
-        original.DabDetrMLP,
-    )
-}
 _INVERSE_SIGMOID = original.inverse_sigmoid
-
-
-def _is_theirs(kind: type[nn.Module]) -> bool:
-    """Whether a class of theirs has the forward that their file has."""
-    return _FORWARDS[kind] is not None and kind.forward is _FORWARDS[kind]
-
-
-def _is_known(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a call of `module`, accelerated or not, computes their forward of `kind`, and nothing else."""
-    return getattr(module, "dab_fast_original", type(module)) is kind and _is_theirs(kind) and _is_unhooked(module)
-
-
-def _is_unhooked(module: nn.Module) -> bool:
-    try:
-        check_unhooked("", module)
-    except StepAside:
-        return False
-    return not nn_module._has_any_global_hook()
 
 
 def read(decoder: Any) -> tuple[dict[str, Tensor], DecoderConfig]:
@@ -226,7 +181,7 @@ def original_forward(
     return [out.intermediate_hidden_states, out.reference_points]
 
 
-class DabDetrModel(_Known, original.DabDetrModel):
+class DabDetrModel(Known, original.DabDetrModel):
     dab_fast_original = original.DabDetrModel
     dab_fast_serves = ("decoder",)
 
@@ -269,7 +224,7 @@ class DabDetrModel(_Known, original.DabDetrModel):
         feature_map, mask, pos = _features(self, pixel_values, pixel_mask)
         encoded = self.encoder(
             inputs_embeds=self.input_projection(feature_map).flatten(2).transpose(1, 2),
-            attention_mask=None if unpadded and _is_known(self.encoder, original.DabDetrEncoder) else mask,
+            attention_mask=None if unpadded and is_known(self.encoder, original.DabDetrEncoder) else mask,
             object_queries=pos,
             output_attentions=False,
             output_hidden_states=output_hidden_states,
@@ -292,7 +247,7 @@ class DabDetrModel(_Known, original.DabDetrModel):
             "output_hidden_states": output_hidden_states,
             "return_dict": True,
         }
-        if unpadded and _is_unhooked(self.decoder):  # whoever looks at the call sees the original's
+        if unpadded and is_unhooked(self.decoder):  # whoever looks at the call sees the original's
             given["memory_key_padding_mask"] = None
             if _makes_sines(self.backbone):
                 given |= {"object_queries": pos[:1], "spatial_shape": tuple(feature_map.shape[-2:])}
@@ -307,7 +262,7 @@ class DabDetrModel(_Known, original.DabDetrModel):
         )
 
 
-class DabDetrForObjectDetection(_Known, original.DabDetrForObjectDetection):
+class DabDetrForObjectDetection(Known, original.DabDetrForObjectDetection):
     dab_fast_original = original.DabDetrForObjectDetection
     dab_fast_serves = ("head",)
 
@@ -413,7 +368,7 @@ def _activation(module: nn.Module) -> Activation:
 
 
 def _check_unpatched(kind: type[nn.Module]) -> None:
-    if not _is_theirs(kind):
+    if not is_theirs(kind):
         raise StepAside(f"{kind.__name__}.forward was patched")
 
 
@@ -466,7 +421,7 @@ def _features(
 
 def _makes_sines(backbone: Any) -> bool:
     """Whether positions are half a function of y and half one of x, the same for all images that are not padded."""
-    return _is_known(backbone, original.DabDetrConvModel) and _is_known(
+    return is_known(backbone, original.DabDetrConvModel) and is_known(
         backbone.position_embedding, original.DabDetrSinePositionEmbedding
     )
 

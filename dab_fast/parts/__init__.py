@@ -1,0 +1,1 @@
+"""The fast maths of the model around the decoder, independent of any codebase."""
