@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,73 @@ from dab_fast.parameters import StepAside
 _GRADIENT_TOLERANCE, _NEGLIGIBLE = 1e-2, 1e-3
 
 
-# A decoder's forward, batch first: of the decoder, content [B, Q, D], memory and pos [B, S, D], anchors before the
-# sigmoid [B, Q, query_dim], and by name `memory_key_padding_mask`, bool [B, S], and `tgt_mask`, bool [Q, Q], or None.
-# Gives hidden states [L, B, Q, D] and reference points [L or 1, B, Q, query_dim].
+# A part's forward: of the module and of what `Probe.given` makes, the inputs in order and the masks by name. Gives its
+# outputs in the order of `Probe.outputs`.
 Forward = Callable[..., list[Tensor]]
+
+Randn = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What both forwards of a part are given, and what of theirs is compared.
+
+    Args:
+        given: of a source of random numbers and of whether masks are wanted, inputs and masks by name.
+        outputs: the outputs' names, and what of each is compared.
+    """
+
+    given: Callable[[Randn, bool], tuple[dict[str, Tensor], dict[str, Tensor | None]]]
+    outputs: Mapping[str, Callable[[Tensor], Tensor]]
+
+    def __call__(self, module: nn.Module, original: Forward, fast: Forward) -> None:
+        """Raise StepAside unless both forwards agree on a copy with random parameters and no dropout.
+
+        In evaluation and in training, with gradients (of inputs and parameters, and with masks) and without, and twice
+        in training: what is random there, or counts its calls, is not the original's.
+        """
+        with neutral():
+            try:
+                module, randn = _randomized_copy(module)
+            except Exception as error:
+                raise StepAside(f"it cannot be copied: {error}") from error
+            with torch.random.fork_rng(devices=[]):
+                for training, grad in ((False, False), (False, True), (True, True), (True, False)):
+                    module.train(training).requires_grad_(grad)
+                    given, masks = self.given(randn, grad)
+                    given = {name: x.requires_grad_(grad) for name, x in given.items()}
+                    self._compare(module, original, fast, given, masks, " in training" if training else "")
+
+    def _compare(
+        self,
+        module: nn.Module,
+        original: Forward,
+        fast: Forward,
+        given: dict[str, Tensor],
+        masks: dict[str, Tensor | None],
+        when: str,
+    ) -> None:
+        grad = any(x.requires_grad for x in given.values())
+        with torch.set_grad_enabled(grad):
+            try:
+                expected = fast(module, *given.values(), **masks)
+            except Exception as error:
+                raise StepAside(f"the fast forward does not know it{when}: {type(error).__name__}: {error}") from error
+            random_state = torch.get_rng_state()
+            try:
+                got = list(original(module, *given.values(), **masks))
+            except Exception as error:
+                raise StepAside(f"its forward raises {type(error).__name__} on a copy{when}: {error}") from error
+        if not torch.equal(torch.get_rng_state(), random_state):
+            raise StepAside(f"it draws random numbers{when} with every dropout rate at 0")
+        for (name, seen), x, right in zip(self.outputs.items(), got, expected, strict=True):
+            if x.shape != right.shape:
+                raise StepAside(f"its {name} have shape {list(x.shape)}{when}, not {list(right.shape)}")
+            difference = (seen(x) - seen(right)).abs().max().item()
+            if not difference <= PROBE_TOLERANCE:
+                raise StepAside(f"its {name} are not what the original computes{when}: they differ by {difference:.1e}")
+        if grad:
+            compare_gradients(module, got, expected, given, when)
 
 
 def probe(
@@ -35,29 +98,35 @@ def probe(
     *,
     tgt_mask: bool,  # whether both take one
 ) -> None:
-    """Raise StepAside unless both forwards agree on a copy with random parameters and no dropout.
+    """Raise StepAside unless both forwards of a decoder agree.
 
-    In evaluation and in training, with gradients (of inputs and parameters, and with masks) and without, and twice in
-    training: what is random there, or counts its calls, is not the original's.
+    They take, batch first: content [B, Q, D], memory and pos [B, S, D], anchors before the sigmoid [B, Q, query_dim],
+    and by name `memory_key_padding_mask`, bool [B, S], and `tgt_mask`, bool [Q, Q], or None. They give hidden states
+    [L, B, Q, D] and reference points [L or 1, B, Q, query_dim].
     """
-    _check_parameters(params, config)
-    with _neutral():
-        try:
-            decoder, randn = _randomized_copy(decoder)
-        except Exception as error:
-            raise StepAside(f"it cannot be copied: {error}") from error
-        with torch.random.fork_rng(devices=[]):
-            for training, grad in ((False, False), (False, True), (True, True), (True, False)):
-                decoder.train(training).requires_grad_(grad)
-                given, masks = _random_inputs(config, randn, grad, tgt_mask)
-                _compare(decoder, original, fast, given, masks, " in training" if training else "")
+    check_parameters(params, parameter_shapes(config), _unused(params, config))
+
+    def given(randn: Randn, with_masks: bool) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
+        return _random_inputs(config, randn, with_masks, tgt_mask)
+
+    Probe(given, {"hidden states": itself, "reference points": _logits})(decoder, original, fast)
 
 
-def _check_parameters(params: dict[str, Tensor], config: DecoderConfig) -> None:
-    """Raise StepAside unless the parameters are those of the decoder that `config` describes."""
-    if unknown := params.keys() - parameter_shapes(config).keys() - _unused(params, config):
+def itself(x: Tensor) -> Tensor:
+    return x
+
+
+def _logits(x: Tensor) -> Tensor:
+    return x.logit(1e-7)
+
+
+def check_parameters(
+    params: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], unused: Collection[str] = ()
+) -> None:
+    """Raise StepAside unless the parameters have these shapes by name; `unused` may be there besides."""
+    if unknown := params.keys() - shapes.keys() - set(unused):
         raise StepAside(f"the original has no {', '.join(sorted(unknown))}")
-    for name, shape in parameter_shapes(config).items():
+    for name, shape in shapes.items():
         if name not in params or tuple(params[name].shape) != shape:
             got = list(params[name].shape) if name in params else "nothing"
             raise StepAside(f"{name} must have shape {list(shape)}, got {got}")
@@ -82,7 +151,7 @@ def _unused(params: dict[str, Tensor], config: DecoderConfig) -> set[str]:
 
 
 @contextlib.contextmanager
-def _neutral() -> Iterator[None]:
+def neutral() -> Iterator[None]:
     """Whatever dtype, device, autocast or mode the caller has made the default."""
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
@@ -99,60 +168,27 @@ def _neutral() -> Iterator[None]:
 
 
 def _random_inputs(
-    config: DecoderConfig, randn: Callable[..., Tensor], grad: bool, tgt_mask: bool
-) -> tuple[list[Tensor], dict[str, Tensor | None]]:
+    config: DecoderConfig, randn: Randn, with_masks: bool, tgt_mask: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
     b, q, s, d = 2, 5, 6, config.d_model
     anchors = randn(b, q, config.query_dim)
     anchors[:, 0, :2] = -9.0  # a center of 1e-4 shows the eps of the inverse sigmoid
     anchors[:, 1, :2] = -13.0
     groups = torch.arange(q) >= 3
     masks = {
-        "memory_key_padding_mask": torch.arange(s).expand(b, s) >= torch.tensor([[s], [s - 2]]) if grad else None,
-        "tgt_mask": groups[:, None] ^ groups if tgt_mask and grad else None,
+        "memory_key_padding_mask": torch.arange(s).expand(b, s) >= torch.tensor([[s], [s - 2]]) if with_masks else None,
+        "tgt_mask": groups[:, None] ^ groups if tgt_mask and with_masks else None,
     }
-    given = [randn(b, q, d), randn(b, s, d), randn(b, s, d), anchors]
-    return [x.requires_grad_(grad) for x in given], masks
+    given = {"content": randn(b, q, d), "memory": randn(b, s, d), "pos": randn(b, s, d), "anchors": anchors}
+    return given, masks
 
 
-def _compare(
-    decoder: nn.Module,
-    original: Forward,
-    fast: Forward,
-    given: list[Tensor],
-    masks: dict[str, Any],
-    when: str,
+def compare_gradients(
+    module: nn.Module, got: list[Tensor], expected: list[Tensor], given: dict[str, Tensor], when: str
 ) -> None:
-    grad = given[0].requires_grad
-    with torch.set_grad_enabled(grad):
-        try:
-            expected = fast(decoder, *given, **masks)
-        except Exception as error:
-            raise StepAside(f"the fast forward does not know it{when}: {type(error).__name__}: {error}") from error
-        random_state = torch.get_rng_state()
-        try:
-            got = list(original(decoder, *given, **masks))
-        except Exception as error:
-            raise StepAside(f"its forward raises {type(error).__name__} on a copy{when}: {error}") from error
-    if not torch.equal(torch.get_rng_state(), random_state):
-        raise StepAside(f"it draws random numbers{when} with every dropout rate at 0")
-    for name, x, right in zip(("hidden states", "reference points"), got, expected, strict=True):
-        if x.shape != right.shape:
-            raise StepAside(f"its {name} have shape {list(x.shape)}{when}, not {list(right.shape)}")
-        if name == "reference points":
-            x, right = x.logit(1e-7), right.logit(1e-7)
-        difference = (x - right).abs().max().item()
-        if not difference <= PROBE_TOLERANCE:
-            raise StepAside(f"its {name} are not what the original computes{when}: they differ by {difference:.1e}")
-    if grad:
-        _compare_gradients(decoder, got, expected, given, when)
-
-
-def _compare_gradients(
-    decoder: nn.Module, got: list[Tensor], expected: list[Tensor], given: list[Tensor], when: str
-) -> None:
-    named = dict(decoder.named_parameters())
-    names = ["content", "memory", "pos", "anchors", *named]
-    leaves = [*given, *named.values()]
+    """Raise StepAside unless the original's outputs and the fast ones have the same gradients."""
+    named = given | dict(module.named_parameters())
+    names, leaves = list(named), list(named.values())
     randn = seeded_randn()
     cotangents = [randn(x.shape) for x in expected]
     theirs, ours = (

@@ -274,7 +274,7 @@ def _views_per_layer(params: Parameters, num_layers: int) -> list[Parameters]:
     shared = {name: x for name, x in params.items() if name.startswith(_SHARED)}
     views = views_per_layer(shared, num_layers)
     if "query_scale.weight" in params:  # a row per layer
-        views = [view | {"query_scale.weight": params["query_scale.weight"]} for view in views]
+        views = [{**view, "query_scale.weight": params["query_scale.weight"]} for view in views]
     return views
 
 
