@@ -363,7 +363,7 @@ def test_subclass_is_reported():
     model = huggingface_model()
     model.__class__ = Mine
     report = dab_fast.accelerate(model)
-    assert set(report.replaced) == {"model", "model.decoder"} and "subclass" in report.not_replaced[""]
+    assert set(report.replaced) == {"model", "model.encoder", "model.decoder"} and "subclass" in report.not_replaced[""]
 
 
 @pytest.mark.parametrize("model, error", [(nn.Linear(2, 2), ValueError), ("checkpoint.pth", TypeError)])
