@@ -122,7 +122,7 @@ def test_a_decoder_patched_before_accelerate_is_left_alone():
         expected = model(**inputs)
         _timed(model.model.decoder, calls)
         report = dab_fast.accelerate(model)
-        assert set(report.replaced) == {"", "model", "model.backbone.conv_encoder"}
+        assert set(report.replaced) == {"", "model", "model.backbone.conv_encoder", "model.encoder"}
         assert report.not_replaced == {"model.decoder": "its forward is patched"}
         assert_same_outputs(model(**inputs), expected)
     assert len(calls) == 1 and len(calls[0]) == 3 and calls[0][0] == 2, "the patch sees what the original gives it"
@@ -142,7 +142,7 @@ def test_dispatched_models(first):
     with torch.no_grad():
         assert_same_outputs(fast(**images()), model(**images()))
     if first == "dispatch":
-        assert report.not_replaced.keys() == {"", "model.backbone.conv_encoder", "model.decoder"}
+        assert report.not_replaced.keys() == {"", "model.backbone.conv_encoder", "model.encoder", "model.decoder"}
     assert "model.decoder" in report.stepped_aside or "model.decoder" in report.not_replaced
 
 

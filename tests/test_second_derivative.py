@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dab_fast import ops
-from dab_fast.decoder import dense
+from dab_fast.parts import dense
 
 D = 8
 

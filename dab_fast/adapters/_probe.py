@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -22,48 +23,137 @@ _GRADIENT_TOLERANCE, _NEGLIGIBLE = 1e-2, 1e-3
 # Between the random numbers of one parameter and of the next: a prime, which is a multiple of no width.
 _STRIDE = 1009
 
-# A decoder's forward, batch first: of the decoder, content [B, Q, D], memory and pos [B, S, D], anchors before the
-# sigmoid [B, Q, query_dim], and by name `memory_key_padding_mask`, bool [B, S], and `tgt_mask`, bool [Q, Q], or None.
-# Gives hidden states [L, B, Q, D] and reference points [L or 1, B, Q, query_dim].
-Forward = Callable[..., list[Tensor]]
+# Of a module: its tensors by canonical name, and whatever else its fast forward depends on, hashable. Raises StepAside
+# where it cannot be read.
+Read = Callable[[nn.Module], tuple[dict[str, Tensor], Any]]
 
-# Of a decoder: its parameters by canonical name, and which decoder it is. Raises StepAside where it cannot be read.
-Read = Callable[[nn.Module], tuple[dict[str, Tensor], DecoderConfig]]
+Randn = Callable[..., Tensor]
+
+
+class _Ran(NamedTuple):
+    """What a forward gave, and the gradients of a random combination of it."""
+
+    outputs: list[Tensor]
+    gradients: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What both forwards of a part are given, and what of theirs is compared.
+
+    Args:
+        read: how the copy is read, in evaluation and in training.
+        fast: of what `read` gave and of what `given` made, the inputs in order and the masks by name: the outputs.
+        original: of the module and of what `given` made: the outputs.
+        given: of a source of random numbers and of whether masks are wanted, inputs and masks by name.
+        outputs: the outputs' names, and what of each is compared.
+    """
+
+    read: Read
+    fast: Callable[..., Sequence[Tensor]]
+    original: Callable[..., Sequence[Tensor]]
+    given: Callable[[Randn, bool], tuple[dict[str, Tensor], dict[str, Tensor | None]]]
+    outputs: Mapping[str, Callable[[Tensor], Tensor]]
+
+    def __call__(self, module: nn.Module) -> None:
+        """Raise StepAside unless both forwards agree on a copy with random parameters and no dropout.
+
+        In evaluation and in training, with gradients (of inputs and parameters, and with masks) and without, and twice
+        in training: what is random there, or counts its calls, is not the original's.
+        """
+        with neutral():
+            try:
+                module, randn = _randomized_copy(module)
+            except Exception as error:
+                raise StepAside(f"it cannot be copied: {error}") from error
+            with torch.random.fork_rng(devices=[]):
+                for grad in (False, True):
+                    module.requires_grad_(grad)
+                    given, masks = self.given(randn, grad)
+                    given = {name: x.requires_grad_(grad) for name, x in given.items()}
+                    with torch.set_grad_enabled(grad):
+                        self._compare(module, given, masks, grad)
+
+    def _compare(
+        self, module: nn.Module, given: dict[str, Tensor], masks: dict[str, Tensor | None], grad: bool
+    ) -> None:
+        """Where one thing is read in evaluation and in training, so that both are one run, the fast one is."""
+        leaves = given | dict(module.named_parameters())
+        ran: dict[Any, _Ran] = {}
+        for training in (False, True):
+            module.train(training)
+            when = " in training" if training else ""
+            try:
+                tensors, reading = self.read(module)
+                if reading not in ran:
+                    outputs = list(self.fast(tensors, reading, *given.values(), **masks))
+                    ran[reading] = _Ran(outputs, gradients(outputs, leaves) if grad else [])
+            except Exception as error:
+                raise StepAside(f"the fast forward does not know it{when}: {type(error).__name__}: {error}") from error
+            random_state = torch.get_rng_state()
+            try:
+                got = list(self.original(module, *given.values(), **masks))
+            except Exception as error:
+                raise StepAside(f"its forward raises {type(error).__name__} on a copy{when}: {error}") from error
+            if not torch.equal(torch.get_rng_state(), random_state):
+                raise StepAside(f"it draws random numbers{when} with every dropout rate at 0")
+            self._compare_outputs(got, ran[reading].outputs, when)
+            if grad:
+                compare_gradients(list(leaves), gradients(got, leaves), ran[reading].gradients, when)
+
+    @torch.no_grad()
+    def _compare_outputs(self, theirs: list[Any], ours: list[Tensor], when: str) -> None:
+        if len(theirs) != len(ours) or not all(isinstance(x, Tensor) for x in theirs):
+            raise StepAside(f"its forward gives something else{when} than {' and '.join(self.outputs)}")
+        for (name, seen), x, right in zip(self.outputs.items(), theirs, ours, strict=True):
+            if x.shape != right.shape:
+                raise StepAside(f"its {name} have shape {list(x.shape)}{when}, not {list(right.shape)}")
+            difference = (seen(x) - seen(right)).abs().max().item()
+            if not difference <= PROBE_TOLERANCE:
+                raise StepAside(f"its {name} are not what the original computes{when}: they differ by {difference:.1e}")
 
 
 def probe(
     decoder: nn.Module,
     params: dict[str, Tensor],  # of the decoder
     config: DecoderConfig,
-    original: Forward,
+    original: Callable[..., Sequence[Tensor]],
     read: Read,
     *,
     tgt_mask: bool,  # whether both forwards take one
 ) -> None:
-    """Raise StepAside unless the original forward and the fast one agree on a copy with random parameters, no dropout.
+    """Raise StepAside unless the original forward of a decoder and the fast one agree.
 
-    In evaluation and in training, with gradients (of inputs and parameters, and with masks) and without, and twice in
-    training: what is random there, or counts its calls, is not the original's.
+    They take, batch first: content [B, Q, D], memory and pos [B, S, D], anchors before the sigmoid [B, Q, query_dim],
+    and by name `memory_key_padding_mask`, bool [B, S], and `tgt_mask`, bool [Q, Q], or None. They give hidden states
+    [L, B, Q, D] and reference points [L or 1, B, Q, query_dim].
     """
-    _check_parameters(params, config)
-    with neutral():
-        try:
-            decoder, randn = _randomized_copy(decoder)
-        except Exception as error:
-            raise StepAside(f"it cannot be copied: {error}") from error
-        with torch.random.fork_rng(devices=[]):
-            for grad in (False, True):
-                decoder.requires_grad_(grad)
-                given, masks = _random_inputs(config, randn, grad, tgt_mask)
-                with torch.set_grad_enabled(grad):
-                    _compare(decoder, original, read, given, masks, grad)
+    check_parameters(params, parameter_shapes(config), _unused(params, config))
+
+    def fast(params: dict[str, Tensor], config: DecoderConfig, *inputs: Tensor, **masks: Tensor | None) -> Any:
+        return decode(params, config, *inputs, **masks, training=config.has_dropout)[0]  # type: ignore[arg-type]
+
+    def given(randn: Randn, with_masks: bool) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
+        return _random_inputs(config, randn, with_masks, tgt_mask)
+
+    Probe(read, fast, original, given, {"hidden states": itself, "reference points": _logits})(decoder)
 
 
-def _check_parameters(params: dict[str, Tensor], config: DecoderConfig) -> None:
-    """Raise StepAside unless the parameters are those of the decoder that `config` describes."""
-    if unknown := params.keys() - parameter_shapes(config).keys() - _unused(params, config):
+def itself(x: Tensor) -> Tensor:
+    return x
+
+
+def _logits(x: Tensor) -> Tensor:
+    return x.logit(1e-7)
+
+
+def check_parameters(
+    params: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], unused: Collection[str] = ()
+) -> None:
+    """Raise StepAside unless the parameters have these shapes by name; `unused` may be there besides."""
+    if unknown := params.keys() - shapes.keys() - set(unused):
         raise StepAside(f"the original has no {', '.join(sorted(unknown))}")
-    for name, shape in parameter_shapes(config).items():
+    for name, shape in shapes.items():
         if name not in params or tuple(params[name].shape) != shape:
             got = list(params[name].shape) if name in params else "nothing"
             raise StepAside(f"{name} must have shape {list(shape)}, got {got}")
@@ -105,73 +195,19 @@ def neutral() -> Iterator[None]:
 
 
 def _random_inputs(
-    config: DecoderConfig, randn: Callable[..., Tensor], grad: bool, tgt_mask: bool
-) -> tuple[list[Tensor], dict[str, Tensor | None]]:
+    config: DecoderConfig, randn: Randn, with_masks: bool, tgt_mask: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
     b, q, s, d = 2, 5, 6, config.d_model
     anchors = randn(b, q, config.query_dim)
     anchors[:, 0, :2] = -9.0  # a center of 1e-4 shows the eps of the inverse sigmoid
     anchors[:, 1, :2] = -13.0
     groups = torch.arange(q) >= 3
     masks = {
-        "memory_key_padding_mask": torch.arange(s).expand(b, s) >= torch.tensor([[s], [s - 2]]) if grad else None,
-        "tgt_mask": groups[:, None] ^ groups if tgt_mask and grad else None,
+        "memory_key_padding_mask": torch.arange(s).expand(b, s) >= torch.tensor([[s], [s - 2]]) if with_masks else None,
+        "tgt_mask": groups[:, None] ^ groups if tgt_mask and with_masks else None,
     }
-    given = [randn(b, q, d), randn(b, s, d), randn(b, s, d), anchors]
-    return [x.requires_grad_(grad) for x in given], masks
-
-
-class _Ran(NamedTuple):
-    """What a forward gave, and the gradients of a random combination of it."""
-
-    outputs: list[Tensor]
-    gradients: list[Tensor]
-
-
-def _compare(
-    decoder: nn.Module,
-    original: Forward,
-    read: Read,
-    given: list[Tensor],
-    masks: dict[str, Any],
-    grad: bool,
-) -> None:
-    """In evaluation and in training; where one config is read in both, so that both are one run, the fast one is."""
-    leaves = dict(zip(("content", "memory", "pos", "anchors"), given, strict=True)) | dict(decoder.named_parameters())
-    fast: dict[DecoderConfig, _Ran] = {}
-    for training in (False, True):
-        decoder.train(training)
-        when = " in training" if training else ""
-        try:
-            params, config = read(decoder)
-            if config not in fast:
-                outputs, _ = decode(params, config, *given, **masks, training=config.has_dropout)
-                fast[config] = _Ran(list(outputs), gradients(outputs, leaves) if grad else [])
-        except Exception as error:
-            raise StepAside(f"the fast forward does not know it{when}: {type(error).__name__}: {error}") from error
-        random_state = torch.get_rng_state()
-        try:
-            got = list(original(decoder, *given, **masks))
-        except Exception as error:
-            raise StepAside(f"its forward raises {type(error).__name__} on a copy{when}: {error}") from error
-        if not torch.equal(torch.get_rng_state(), random_state):
-            raise StepAside(f"it draws random numbers{when} with every dropout rate at 0")
-        _compare_outputs(got, fast[config].outputs, when)
-        if grad:
-            compare_gradients(list(leaves), gradients(got, leaves), fast[config].gradients, when)
-
-
-@torch.no_grad()
-def _compare_outputs(theirs: list[Any], ours: list[Tensor], when: str) -> None:
-    if len(theirs) != len(ours) or not all(isinstance(x, Tensor) for x in theirs):
-        raise StepAside(f"its forward gives something else{when} than hidden states and reference points")
-    for name, x, right in zip(("hidden states", "reference points"), theirs, ours, strict=True):
-        if x.shape != right.shape:
-            raise StepAside(f"its {name} have shape {list(x.shape)}{when}, not {list(right.shape)}")
-        if name == "reference points":
-            x, right = x.logit(1e-7), right.logit(1e-7)
-        difference = (x - right).abs().max().item()
-        if not difference <= PROBE_TOLERANCE:
-            raise StepAside(f"its {name} are not what the original computes{when}: they differ by {difference:.1e}")
+    given = {"content": randn(b, q, d), "memory": randn(b, s, d), "pos": randn(b, s, d), "anchors": anchors}
+    return given, masks
 
 
 def gradients(outputs: Sequence[Tensor], leaves: dict[str, Tensor]) -> list[Tensor]:

@@ -24,8 +24,14 @@ from torch.utils.checkpoint import checkpoint
 from dab_fast import ops, reference
 from dab_fast._tracing import compiling, constant
 from dab_fast.config import DecoderConfig
-from dab_fast.decoder.dense import ffn, joint_linear, self_attention_projection
 from dab_fast.ops.modulated_cross_attention import AttentionMask, attend, attention_mask
+from dab_fast.parts.dense import (
+    ffn,
+    joint_linear,
+    self_attention_projection,
+    views_per_layer,
+    weights_and_biases,
+)
 from dab_fast.precision import at_least_float32, compute_dtype, saturate
 from dab_fast.reference import (
     DecoderOutput,
@@ -171,8 +177,8 @@ class _Layers:
     def keys(self, layers: Sequence[int]) -> list[_Keys]:
         """Keys and values of some layers' cross-attention, in one product each for memory and pos."""
         names = [f"layers.{layer}.{p}_proj" for layer in layers for p in ("ca_kcontent", "ca_v")]
-        from_memory = self._heads(joint_linear(self.memory, *_weights_and_biases(self.params, names)), 2 * len(layers))
-        weights, biases = _weights_and_biases(self.params, [f"layers.{layer}.ca_kpos_proj" for layer in layers])
+        from_memory = self._heads(joint_linear(self.memory, *weights_and_biases(self.params, names)), 2 * len(layers))
+        weights, biases = weights_and_biases(self.params, [f"layers.{layer}.ca_kpos_proj" for layer in layers])
         from_pos = self._heads(_project_pos(self.pos, weights, biases, self.spatial_shape), len(layers))
         return list(zip(from_memory[::2], from_memory[1::2], from_pos, strict=True))
 
@@ -254,7 +260,7 @@ class _Layers:
         """The scale of the query's sine embedding and the logits of its reference size, both read from the content."""
         views, config = self.views[layer], self.config
         if config.modulate_hw_attn and config.query_scale_type != "fix_elewise" and layer > 0:
-            first = _weights_and_biases(views, ("query_scale.layers.0", "ref_anchor_head.layers.0"))
+            first = weights_and_biases(views, ("query_scale.layers.0", "ref_anchor_head.layers.0"))
             scale, size = F.relu(joint_linear(x, *first)).chunk(2, -1)
             return linear(views, "query_scale.layers.1", scale), linear(views, "ref_anchor_head.layers.1", size)
         return (
@@ -263,20 +269,13 @@ class _Layers:
         )
 
 
-def _weights_and_biases(params: Parameters, names: Sequence[str]) -> tuple[list[Tensor], list[Tensor]]:
-    return [params[f"{name}.weight"] for name in names], [params[f"{name}.bias"] for name in names]
-
-
 def _views_per_layer(params: Parameters, num_layers: int) -> list[Parameters]:
-    """Per layer, the weights that the layers share; through views of their own where gradients are to be added."""
-    shared = {name: x for name, x in params.items() if name.startswith(_SHARED) or name == "query_scale.weight"}
-    if not torch.is_grad_enabled():
-        return [shared] * num_layers
-    views = {
-        name: [x] * num_layers if name == "query_scale.weight" else x.expand(num_layers, *x.shape).unbind()
-        for name, x in shared.items()
-    }
-    return [{name: x[layer] for name, x in views.items()} for layer in range(num_layers)]
+    """Per layer, the weights that the layers share."""
+    shared = {name: x for name, x in params.items() if name.startswith(_SHARED)}
+    views = views_per_layer(shared, num_layers)
+    if "query_scale.weight" in params:  # a row per layer
+        views = [{**view, "query_scale.weight": params["query_scale.weight"]} for view in views]
+    return views
 
 
 def _self_attention_biases(params: Parameters, config: DecoderConfig) -> tuple[Tensor, ...]:

@@ -66,6 +66,7 @@ class AttentionMask(NamedTuple):
     key_padding_mask: Tensor | None  # bool [B, S], True = padded
     attn_mask: Tensor | None  # bool [Q, S] or [B * H, Q, S], True = hidden
     merged: in_pytorch.Merged | None  # both in one, where plain PyTorch is the first choice
+    mean: bool = False  # a query that sees no key gets the mean of v, and not zeros
 
 
 def attention_mask(
@@ -73,6 +74,8 @@ def attention_mask(
     attn_mask: Tensor | None,
     queries: Tensor,  # [B, Q, H, ...]
     keys: Tensor,  # [B, S, H, ...]
+    *,
+    mean: bool = False,  # a query that sees no key gets the mean of v, as from a softmax over equal logits, not zeros
 ) -> AttentionMask:
     """The masks of `modulated_cross_attention`, checked; merged here once, where each layer would do it again."""
     check_tensor("q_content", queries, ("B", "Q", "H", "d"))
@@ -87,8 +90,10 @@ def attention_mask(
         shape = (q, s) if attn_mask.dim() == 2 else (b * h, q, s)
         check_tensor("attn_mask", attn_mask, shape, like=queries, boolean=True)
     in_turn = _backends.candidates("modulated_cross_attention", queries.device)
-    merged = in_pytorch.merge(key_padding_mask, attn_mask, h) if in_turn[:1] == ("torch",) else None
-    return AttentionMask(key_padding_mask, attn_mask, merged)
+    merged = None
+    if in_turn[:1] == ("torch",):
+        merged = in_pytorch.merge(key_padding_mask, attn_mask, h, compute_dtype(queries), mean)
+    return AttentionMask(key_padding_mask, attn_mask, merged, mean)
 
 
 def attend(
@@ -127,20 +132,37 @@ def attend(
         scale = 1 / math.sqrt(d + (0 if q_pos is None else q_pos.shape[-1]))
     masks = mask.key_padding_mask, mask.attn_mask
     if backend == "torch" and in_pytorch.why_not_fused(dtypes, s, dropout_p) is not None:
-        return reference.modulated_cross_attention(
+        attended = reference.modulated_cross_attention(
             *tensors, key_padding_mask=masks[0], attn_mask=masks[1], scale=scale, dropout_p=dropout_p
         )
+        return _with_means(attended, v, mask)
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in given)
     casted: Any = (x if x is None or x.dtype == dtypes[0] else saturate(x, dtypes[0]) for x in tensors)
     if backend == "torch":
-        return in_pytorch.attend(*casted, mask=mask.merged or in_pytorch.merge(*masks, h), scale=scale, grad=grad)
+        merged = mask.merged or in_pytorch.merge(*masks, h, dtypes[0], mask.mean)
+        return in_pytorch.attend(*casted, mask=merged, scale=scale, grad=grad)
     rng = None
     if dropout_p > 0:
         # On the device, from its default generator: seeding, checkpointing and CUDA-graph replays see it.
         rng = torch.randint(-(2**63), 2**63 - 1, (2,), device=q_content.device)
     if grad:
-        return _ModulatedCrossAttention.apply(*casted, *masks, rng, scale, dropout_p, backend)
-    return _forward(*casted, *masks, rng, scale, dropout_p, False, backend)[0]
+        attended = _ModulatedCrossAttention.apply(*casted, *masks, rng, scale, dropout_p, backend)
+    else:
+        attended = _forward(*casted, *masks, rng, scale, dropout_p, False, backend)[0]
+    return _with_means(attended, v, mask)
+
+
+def _with_means(
+    attended: Tensor,  # [B, Q, H, d_v], with zeros where a query sees no key
+    v: Tensor,  # [B, S, H, d_v]
+    mask: AttentionMask,
+) -> Tensor:  # [B, Q, H, d_v]
+    """With the mean of v there instead, where the mask asks for it; no gradient of the logits."""
+    hidden = reference.hidden_keys(mask.key_padding_mask, mask.attn_mask, v.shape[2]) if mask.mean else None
+    if hidden is None:
+        return attended
+    blind = hidden.all(-1, keepdim=True).transpose(1, 2)
+    return torch.where(blind, v.mean(1, keepdim=True).to(attended.dtype), attended)
 
 
 def _fake_forward(

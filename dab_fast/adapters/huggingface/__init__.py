@@ -35,6 +35,15 @@ LAYER_NAMES = {
     "activation": "mlp.activation_fn",
 }
 _CANONICAL_LAYER_NAMES = {theirs: ours for ours, theirs in LAYER_NAMES.items()}
+# The same of an encoder's layer.
+_ENCODER_LAYER_NAMES = {
+    "linear1": "fc1",
+    "linear2": "fc2",
+    "norm1": "self_attn_layer_norm",
+    "norm2": "final_layer_norm",
+    "activation": "activation_fn",
+}
+_CANONICAL_ENCODER_LAYER_NAMES = {theirs: ours for ours, theirs in _ENCODER_LAYER_NAMES.items()}
 
 
 def canonical_name(name: str) -> str:
@@ -49,6 +58,16 @@ def original_name(name: str) -> str:
     if name.startswith("layers."):
         return _renamed_in_layer(name, LAYER_NAMES)
     return "layernorm" if name == "norm" else name
+
+
+def canonical_encoder_name(name: str) -> str:
+    """The canonical name of a module below Hugging Face's `DabDetrEncoder`."""
+    return _renamed_in_layer(name, _CANONICAL_ENCODER_LAYER_NAMES) if name.startswith("layers.") else name
+
+
+def original_encoder_name(name: str) -> str:
+    """The inverse of `canonical_encoder_name`."""
+    return _renamed_in_layer(name, _ENCODER_LAYER_NAMES) if name.startswith("layers.") else name
 
 
 def _renamed_in_layer(name: str, names: dict[str, str]) -> str:

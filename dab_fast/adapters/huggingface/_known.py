@@ -1,15 +1,19 @@
-"""Whether the code of Hugging Face's DAB-DETR that runs here is their file's."""
+"""What the fast classes of Hugging Face's DAB-DETR share: whether the code that runs here is their file's, first."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
+from transformers.activations import GELUActivation, SiLUActivation
 from transformers.models.dab_detr import modeling_dab_detr as original
 
+from dab_fast._tracing import compiling
 from dab_fast.adapters._description import Code, is_from
 from dab_fast.adapters._fast import Fast, FastPart
+from dab_fast.config import Activation
 from dab_fast.parameters import StepAside, check_unhooked
 
 # The forwards as their file has them; None where it was patched before.
@@ -57,3 +61,24 @@ class Known(Fast):
         if issubclass(cls, FastPart) and (name := Code(module, kind).foreign(module, kind)) is not None:
             return f"{name} is patched"
         return super().dab_fast_why_not(module)
+
+
+def activation(module: nn.Module) -> Activation:
+    names: dict[type, Activation] = {
+        nn.PReLU: "prelu",
+        nn.ReLU: "relu",
+        nn.GELU: "gelu",
+        GELUActivation: "gelu",
+        nn.SiLU: "silu",
+        SiLUActivation: "silu",
+        nn.SELU: "selu",
+    }
+    if type(module) not in names or getattr(module, "approximate", "none") != "none":
+        raise StepAside(f"the activation {module} is unknown")
+    return names[type(module)]
+
+
+def is_all_valid(mask: Tensor) -> bool:
+    """Whether nothing is padded, where asking is free: on the CPU, and not while tracing."""
+    tracing = compiling() or torch.jit.is_tracing()
+    return mask.device.type == "cpu" and not tracing and bool(mask.all())

@@ -9,7 +9,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from dab_fast.adapters._names import BACKBONE, DECODER, ENCODER, below, from_the_top, prefix_before
-from dab_fast.adapters.huggingface import INVERSE_SIGMOID_EPS, canonical_name, is_theirs, original_name
+from dab_fast.adapters.huggingface import (
+    INVERSE_SIGMOID_EPS,
+    canonical_encoder_name,
+    canonical_name,
+    is_theirs,
+    original_encoder_name,
+    original_name,
+)
 
 __all__ = ["CODEBASE", "INVERSE_SIGMOID_EPS", "MODELS", "from_canonical", "owns", "recognise", "stated", "to_canonical"]
 
@@ -26,14 +33,6 @@ _BEGINNINGS = (
     ("bbox_embed.", _HEAD),
     ("transformer.", "model."),
 )
-_ENCODER_LAYER_NAMES = {
-    "linear1": "fc1",
-    "linear2": "fc2",
-    "norm1": "self_attn_layer_norm",
-    "norm2": "final_layer_norm",
-    "activation": "activation_fn",
-}
-_CANONICAL_ENCODER_LAYER_NAMES = {theirs: ours for ours, theirs in _ENCODER_LAYER_NAMES.items()}
 
 
 def recognise(names: Iterable[str]) -> str | None:
@@ -101,7 +100,7 @@ def _to_canonical(name: str) -> str:
     if module.startswith(_DECODER):
         return f"{DECODER}{canonical_name(module.removeprefix(_DECODER))}.{leaf}"
     if module.startswith(_ENCODER):
-        return f"{ENCODER}{_encoder_name(module.removeprefix(_ENCODER), _CANONICAL_ENCODER_LAYER_NAMES)}.{leaf}"
+        return f"{ENCODER}{canonical_encoder_name(module.removeprefix(_ENCODER))}.{leaf}"
     return _exchange_beginning(name, ((theirs, ours) for ours, theirs in _BEGINNINGS))
 
 
@@ -113,17 +112,12 @@ def _from_canonical(name: str, *, timm: bool) -> str:
     if module.startswith(DECODER):
         return f"{_DECODER}{original_name(module.removeprefix(DECODER))}.{leaf}"
     if module.startswith(ENCODER):
-        return f"{_ENCODER}{_encoder_name(module.removeprefix(ENCODER), _ENCODER_LAYER_NAMES)}.{leaf}"
+        return f"{_ENCODER}{original_encoder_name(module.removeprefix(ENCODER))}.{leaf}"
     return _exchange_beginning(name, _BEGINNINGS)
 
 
 def _exchange_beginning(name: str, pairs: Iterable[tuple[str, str]]) -> str:
     return next((new + name.removeprefix(old) for old, new in pairs if name.startswith(old)), name)
-
-
-def _encoder_name(module: str, names: dict[str, str]) -> str:
-    match = re.fullmatch(r"(layers\.\d+\.)(.+)", module)
-    return match[1] + names.get(match[2], match[2]) if match else module
 
 
 # torchvision's words for the two modules of a ResNet's convolution, in a block and in a shortcut, by transformers'.

@@ -14,13 +14,13 @@ from transformers.activations import GELUActivation, SiLUActivation
 from transformers.models.dab_detr import modeling_dab_detr as original
 
 from dab_fast import reference
-from dab_fast._tracing import compiling
 from dab_fast.adapters._fast import UNREADABLE, DropoutRates, Fast, FastPart, same
 from dab_fast.adapters._probe import probe
 from dab_fast.adapters.huggingface import INVERSE_SIGMOID_EPS, canonical_name, criterion
-from dab_fast.adapters.huggingface._known import Known, is_known, is_theirs, is_unhooked
+from dab_fast.adapters.huggingface._known import Known, activation, is_all_valid, is_known, is_theirs, is_unhooked
 from dab_fast.adapters.huggingface.backbone import DabDetrConvEncoder
-from dab_fast.config import Activation, DecoderConfig
+from dab_fast.adapters.huggingface.encoder import DabDetrEncoder
+from dab_fast.config import DecoderConfig
 from dab_fast.decoder import decode, predict_boxes
 from dab_fast.parameters import StepAside, gather
 from dab_fast.precision import autocast_on
@@ -145,7 +145,7 @@ def read(decoder: Any) -> tuple[dict[str, Tensor], DecoderConfig]:
             query_dim=decoder.config.query_dim,
             keep_query_pos=same("keep_query_pos", _keeps_query_pos(decoder.layers)),
             bbox_embed=None if decoder.bbox_embed is None else "shared",
-            activation=same("activations", {_activation(layer.mlp.activation_fn) for layer in decoder.layers}),
+            activation=same("activations", {activation(layer.mlp.activation_fn) for layer in decoder.layers}),
             inverse_sigmoid_eps=INVERSE_SIGMOID_EPS,
             **_dropout_rates(decoder.layers)._asdict(),
         )
@@ -168,7 +168,7 @@ def settings(decoder: Any) -> dict[str, Any]:
 def original_forward(
     decoder: Any, content: Tensor, memory: Tensor, pos: Tensor, anchors: Tensor, **masks: Tensor | None
 ) -> list[Tensor]:
-    """As `_probe.Forward`; hooks are not called."""
+    """As `_probe.probe` takes it; hooks are not called."""
     padded = masks["memory_key_padding_mask"]
     mask = None if padded is None else ~padded
     out = original.DabDetrDecoder.forward(decoder, content, memory, mask, pos, anchors, False, False, True)
@@ -214,7 +214,7 @@ class DabDetrModel(Known, original.DabDetrModel):
             )
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        unpadded = pixel_mask is None or _is_all_valid(pixel_mask)
+        unpadded = pixel_mask is None or is_all_valid(pixel_mask)
         feature_map, mask, pos = _features(self, pixel_values, pixel_mask)
         encoded = self.encoder(
             inputs_embeds=self.input_projection(feature_map).flatten(2).transpose(1, 2),
@@ -335,7 +335,7 @@ class DabDetrForObjectDetection(Known, original.DabDetrForObjectDetection):
 
 FAST_CLASSES: dict[type[nn.Module], type[Fast]] = {
     fast.dab_fast_original: fast
-    for fast in (DabDetrConvEncoder, DabDetrDecoder, DabDetrModel, DabDetrForObjectDetection)
+    for fast in (DabDetrConvEncoder, DabDetrEncoder, DabDetrDecoder, DabDetrModel, DabDetrForObjectDetection)
 }
 for _class in FAST_CLASSES.values():
     _class.__doc__ = f"Hugging Face's {_class.__name__} with the forward of dab_fast."
@@ -353,21 +353,6 @@ def _dropout_rates(layers: Any) -> DropoutRates:
     ):
         found.append(same(f"{name} rates", {getattr(x, name) if x.training else 0.0 for x in modules}))
     return DropoutRates(*found)
-
-
-def _activation(module: nn.Module) -> Activation:
-    names: dict[type, Activation] = {
-        nn.PReLU: "prelu",
-        nn.ReLU: "relu",
-        nn.GELU: "gelu",
-        GELUActivation: "gelu",
-        nn.SiLU: "silu",
-        SiLUActivation: "silu",
-        nn.SELU: "selu",
-    }
-    if type(module) not in names or getattr(module, "approximate", "none") != "none":
-        raise StepAside(f"the activation {module} is unknown")
-    return names[type(module)]
 
 
 def _check_unpatched(kind: type[nn.Module]) -> None:
@@ -427,9 +412,3 @@ def _makes_sines(backbone: Any) -> bool:
     return is_known(backbone, original.DabDetrConvModel) and is_known(
         backbone.position_embedding, original.DabDetrSinePositionEmbedding
     )
-
-
-def _is_all_valid(mask: Tensor) -> bool:
-    """Whether nothing is padded, where asking is free: on the CPU, and not while tracing."""
-    tracing = compiling() or torch.jit.is_tracing()
-    return mask.device.type == "cpu" and not tracing and bool(mask.all())

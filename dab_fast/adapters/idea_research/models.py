@@ -91,7 +91,7 @@ def run(
 def original_forward(
     decoder: nn.Module, content: Tensor, memory: Tensor, pos: Tensor, anchors: Tensor, **masks: Tensor | None
 ) -> list[Tensor]:
-    """As `_probe.Forward`; hooks are not called."""
+    """As `_probe.probe` takes it; hooks are not called."""
     kind = decoder.dab_fast_original if isinstance(decoder, FastPart) else type(decoder)
     tgt, memory, pos, anchors = (x.transpose(0, 1) for x in (content, memory, pos, anchors))
     output = kind.forward(decoder, tgt, memory, pos=pos, refpoints_unsigmoid=anchors, **masks)

@@ -34,19 +34,33 @@ _FLAGS = threading.Lock()
 
 
 class Merged(NamedTuple):
-    """Both masks in one, bool, broadcastable to [B, H, Q, S]; all None where nothing is hidden."""
+    """Both masks in one, broadcastable to [B, H, Q, S]; all None where nothing is hidden."""
 
-    hidden: Tensor | None = None
-    visible: Tensor | None = None  # what is not hidden; every key where a query sees none
-    blind: Tensor | None = None  # broadcastable to [B, H, Q, 1]: queries that see no key
+    hidden: Tensor | None = None  # bool
+    visible: Tensor | None = None  # as the fused attention takes it; no query sees no key there
+    blind: Tensor | None = None  # bool, broadcastable to [B, H, Q, 1]: queries whose result is yet to be corrected
+    mean: bool = False  # a query that sees no key gets the mean of v, and not zeros
 
 
-def merge(key_padding_mask: Tensor | None, attn_mask: Tensor | None, heads: int) -> Merged:
+def merge(
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    heads: int,
+    dtype: torch.dtype,  # of the queries
+    mean: bool,  # as in `Merged`
+) -> Merged:
     hidden = reference.hidden_keys(key_padding_mask, attn_mask, heads)
     if hidden is None:
         return Merged()
-    blind = hidden.all(-1, keepdim=True)
-    return Merged(hidden, ~hidden | blind, blind)
+    if hidden.device.type != "cpu":
+        blind = hidden.all(-1, keepdim=True)
+        return Merged(hidden, ~hidden | blind, blind, mean)
+    # The kernel reads a bias of another dtype as if it were of its own, float32 beside half precision excepted. It is
+    # finite, as in the specification, for the reason that `_fused_on_cpu` gives.
+    # With it a query that sees no key weighs all keys alike.
+    bias = torch.zeros_like(hidden, dtype=torch.promote_types(dtype, torch.float32))
+    bias.masked_fill_(hidden, torch.finfo(bias.dtype).min)
+    return Merged(hidden, bias, None if mean else hidden.all(-1, keepdim=True), mean)
 
 
 def why_not_fused(dtypes: Sequence[torch.dtype], keys: int, dropout_p: float) -> str | None:
@@ -89,9 +103,10 @@ def _forward(
     hidden: Tensor | None,  # as in `Merged`
     visible: Tensor | None,
     blind: Tensor | None,
+    mean: bool,
     scale: float,
 ) -> Tensor:  # [B, H, Q, d_v]
-    """PyTorch's fused attention, with zeros where every key is hidden.
+    """PyTorch's fused attention; zeros, or the mean of v, where every key is hidden.
 
     On CUDA the memory-efficient kernel takes v of another width than q and k. Other devices have kernels of their own,
     of which nothing is known: there the scores are materialised, in float32 at least, and on a CPU for few keys and
@@ -109,7 +124,9 @@ def _forward(
         with autocast_off(v):
             wide_q, wide_k = at_least_float32(q) * scale, at_least_float32(k)
             attended = _weights(wide_q, wide_k, hidden).to(v.dtype) @ v
-    return attended if blind is None else attended.masked_fill(blind, 0)
+    if blind is None:
+        return attended
+    return torch.where(blind, v.mean(-2, keepdim=True), attended) if mean else attended.masked_fill(blind, 0)
 
 
 def _fused_on_cpu(
@@ -130,14 +147,9 @@ def _fused_on_cpu(
     d_v = v.shape[-1]
     if d_v < q.shape[-1]:
         v = F.pad(v, (0, q.shape[-1] - d_v))
-    bias = None
-    if visible is not None:
-        # The kernel reads a bias of another dtype as if it were of its own, float32 beside half precision excepted.
-        bias = torch.zeros_like(visible, dtype=torch.promote_types(q.dtype, torch.float32))
-        bias.masked_fill_(~visible, torch.finfo(bias.dtype).min)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    attended, log_sum_exp = kernel(q, k, v, attn_mask=bias, scale=scale)
+    attended, log_sum_exp = kernel(q, k, v, attn_mask=visible, scale=scale)
     attended = attended[..., :d_v]
     if attended.dtype in (torch.float16, torch.bfloat16):
         attended += (0 * log_sum_exp).to(attended.dtype).unsqueeze(-1)
@@ -154,32 +166,34 @@ class _Attention(torch.autograd.Function):
         hidden: Tensor | None,
         visible: Tensor | None,
         blind: Tensor | None,
+        mean: bool,
         scale: float,
     ) -> Tensor:
         ctx.save_for_backward(q, k, v, hidden)
-        ctx.scale = scale
-        return _forward(q, k, v, hidden, visible, blind, scale)
+        ctx.options = mean, scale
+        return _forward(q, k, v, hidden, visible, blind, mean, scale)
 
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, saved: tuple[Any, ...], d_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, hidden = saved
+        mean, scale = ctx.options
         b, h, n, _ = q.shape
         needs = ctx.needs_input_grad[:3]
         # torch.compile takes it whole: blocks would tie its graph to the number of images.
         blocks = [] if compiling() else _blocks(b, h, n * k.shape[2], v.device.type)
         with autocast_off(v):
             if len(blocks) < 2:
-                return (*_backward(d_out, q, k, v, hidden, ctx.scale, needs), *(None,) * 4)
+                return (*_backward(d_out, q, k, v, hidden, mean, scale, needs), *(None,) * 5)
             gradients = [x.new_empty(x.shape) if need else None for x, need in zip((q, k, v), needs, strict=True)]
             hidden = None if hidden is None else hidden.expand(b, h, -1, -1)
             for some in blocks:
                 mask = None if hidden is None else hidden[some]
-                found = _backward(d_out[some], q[some], k[some], v[some], mask, ctx.scale, needs)
+                found = _backward(d_out[some], q[some], k[some], v[some], mask, mean, scale, needs)
                 for gradient, part in zip(gradients, found, strict=True):
                     if gradient is not None:
                         gradient[some] = part
-        return (*gradients, *(None,) * 4)
+        return (*gradients, *(None,) * 5)
 
 
 def _blocks(b: int, h: int, scores: int, device_type: str) -> list[tuple[slice, slice]]:
@@ -211,13 +225,14 @@ def _backward(
     k: Tensor,  # [B, H, S, d]
     v: Tensor,  # [B, H, S, d_v]
     hidden: Tensor | None,  # bool, broadcastable to [B, H, Q, S]
+    mean: bool,  # as in `Merged`
     scale: float,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # those needed of d_q, d_k, d_v
     need_q, need_k, need_v = needs
     wide_q, wide_k = at_least_float32(q) * scale, at_least_float32(k)
     weights = _weights(wide_q, wide_k, hidden)
-    if hidden is not None:
+    if hidden is not None and not mean:
         weights.masked_fill_(hidden, 0)
     d_v = weights.to(v.dtype).mT @ d_out if need_v else None
     if not (need_q or need_k):

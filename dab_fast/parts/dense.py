@@ -1,4 +1,4 @@
-"""The decoder's dense parts as autograd Functions that keep for backward what is already there.
+"""The dense parts of encoder and decoder as autograd Functions that keep for backward what is already there.
 
 A product with several joined weights keeps the parameters, not their joined copy; the FFN keeps its input and computes
 its wide inner activation again. Under torch.compile, torch.export, torch.jit.trace and torch.func the plain
@@ -16,8 +16,22 @@ from torch import Tensor
 
 from dab_fast._first_derivative import first_derivative_only
 from dab_fast._tracing import compiling, transformed
+from dab_fast.reference import Parameters
 
 Activation = Callable[..., Tensor]  # of the inner tensor and, for PReLU, its slope
+
+
+def weights_and_biases(params: Parameters, names: Sequence[str]) -> tuple[list[Tensor], list[Tensor]]:
+    """Those of the linear layers of these names."""
+    return [params[f"{name}.weight"] for name in names], [params[f"{name}.bias"] for name in names]
+
+
+def views_per_layer(shared: Parameters, num_layers: int) -> list[Parameters]:
+    """Per layer, the weights that the layers share; where gradients are to be added, through views, so in one sum."""
+    if not torch.is_grad_enabled():
+        return [shared] * num_layers
+    views = {name: x.expand(num_layers, *x.shape).unbind() for name, x in shared.items()}
+    return [{name: x[layer] for name, x in views.items()} for layer in range(num_layers)]
 
 
 def joint_linear(
