@@ -8,6 +8,7 @@ import io
 import logging
 import pickle
 import threading
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -606,11 +607,25 @@ def test_fewer_calls(private: bool, monkeypatch: pytest.MonkeyPatch):
     with torch.no_grad():
         for _ in range(3):
             assert_same(ours, theirs, *pixels())
+        with torch.profiler.profile() as profile:
+            ours(*pixels())
+        calls = Counter(event.name for event in profile.events())
+        assert calls["aten::relu_"] == 1 + 3 * 6  # of the stem, and of six blocks
+        assert calls["aten::add_"] == (0 if private else 6)
+        assert calls["mkldnn::_convolution_pointwise_"] == (6 if private else 0)
+        assert calls["aten::conv2d"] == (0 if private else 1 + 3 * 6 + 4)
+
+
+def test_what_watches_the_calls_sees_plain_convolutions():
+    """A mode that counts operations knows them, and may ask every tensor for its memory."""
+    ours, _ = pair()
+    with torch.no_grad():
+        for _ in range(3):
+            ours(*pixels())
         counts = measure.count(lambda: ours(*pixels())).aten
-        assert counts["aten.relu_"] == 1 + 3 * 6  # of the stem, and of six blocks
-        assert counts["aten.add_"] == (0 if private else 6)
-        assert counts["mkldnn._convolution_pointwise_"] == (6 if private else 0)
-        assert counts["aten.convolution"] == (0 if private else 1 + 3 * 6 + 4)
+        assert counts["aten.convolution"] == 1 + 3 * 6 + 4
+        assert not any(name.startswith("mkldnn") for name in counts)
+        assert measure.peak_bytes(lambda: ours(*pixels())) > 0
 
 
 def test_the_fallback_of_the_private_operators_is_probed(monkeypatch: pytest.MonkeyPatch):

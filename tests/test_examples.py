@@ -31,7 +31,7 @@ def run_example(monkeypatch, capsys, name, *arguments):
 def check_training(out):
     losses = [float(x) for x in re.findall(r"^step \d  loss ([\d.]+)$", out, re.M)]
     assert len(losses) == 3 and all(math.isfinite(loss) for loss in losses)
-    assert "3 modules accelerated" in out and "stepped aside" not in out
+    assert "5 modules accelerated" in out and "stepped aside" not in out
 
 
 def test_inference(monkeypatch, capsys, tmp_path):
@@ -40,7 +40,7 @@ def test_inference(monkeypatch, capsys, tmp_path):
     Image.linear_gradient("L").resize((96, 64)).convert("RGB").save(tmp_path / "photo.png")
     arguments = [tmp_path / "photo.png", "--checkpoint", tmp_path, "--device", "cpu"]
     out = run_example(monkeypatch, capsys, "inference.py", *arguments, "--size", 128, 192, "--threshold", 0)
-    assert "3 modules accelerated" in out and "stepped aside" not in out
+    assert "5 modules accelerated" in out and "stepped aside" not in out
     assert len(re.findall(r"^[01]\.\d\d  LABEL_\d", out, re.M)) == model.config.num_queries
 
 

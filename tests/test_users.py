@@ -246,4 +246,4 @@ def test_spawned_workers():
     process.join()
     with torch.no_grad():
         torch.testing.assert_close(torch.tensor(boxes), model(**images()).pred_boxes, rtol=0, atol=5e-6)
-    assert replaced == 3 and not stepped_aside
+    assert replaced == 5 and not stepped_aside

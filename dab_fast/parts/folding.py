@@ -142,7 +142,7 @@ def _later(flag: Tensor) -> Callable[[], bool | None]:
     host = torch.empty((), dtype=torch.bool, pin_memory=True)
     host.copy_(flag, non_blocking=True)
     event = torch.cuda.Event()
-    event.record()
+    event.record(torch.cuda.current_stream(flag.device))
     return lambda: bool(host) if event.query() else None
 
 

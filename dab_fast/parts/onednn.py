@@ -28,8 +28,11 @@ _SCHEMAS = {
 
 
 def serves(x: Tensor) -> bool:
-    """Whether these convolutions are for images or features such as x."""
-    enabled = bool(torch.backends.mkldnn.enabled)
+    """Whether these convolutions are for images or features such as x.
+
+    Not under a TorchDispatchMode, which may count operations that it knows, or ask a reordered weight for its memory.
+    """
+    enabled = bool(torch.backends.mkldnn.enabled) and not torch._C._len_torch_dispatch_stack()
     return x.device.type == "cpu" and x.dtype == torch.float32 and enabled and _works()
 
 
