@@ -323,5 +323,7 @@ def _promoting_step(
     scale, shift = (t.to(dtype) for t in affine[convolution])
     weight = tensors[f"{convolution.name}.weight"]
     x, convolution = _without_stride(x, weight, convolution)
+    if weight.requires_grad and weight.stride(3) == 1:  # as its gradient shall be, for DDP's buckets
+        weight = weight.flatten(1).view_as(weight)
     y = F.conv2d(x, weight, None, *convolution.settings())
     return _finish(torch.addcmul(shift, y, scale), relu, residual)
