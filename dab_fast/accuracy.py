@@ -17,9 +17,13 @@ from torch import Tensor
 RATIO = 2.0
 
 # A term of a sum passes some 16 operations, the tree of the sum among them, each off by at most u, half an eps, and by
-# any amount up to that alike: by a standard deviation of sqrt(16 / 3) u. Errors of terms add as their squares do. Of
-# the some ten thousand results of an op, the largest error is one of four standard deviations.
-TERM_ROUNDINGS = 4 * math.sqrt(16 / 3)
+# any amount up to that alike: by a standard deviation of sqrt(16 / 3) u. Errors of terms add as their squares do. Where
+# terms have one sign, the last additions of the tree err by more: that of all, of two halves, of four quarters, by
+# sqrt((1 + 1/2 + 1/4 + ...) / 3) u of the result. Of the some ten thousand results of an op, the largest error is one
+# of four standard deviations.
+TERM_VARIANCE = 16 / 3
+SUM_VARIANCE = 2 / 3
+DEVIATIONS = 4
 
 # Where forward keeps a result in its dtype, backward reads it rounded. In a single element that rounding and the one of
 # the stored gradient may add up; over a norm they do not.
@@ -81,7 +85,8 @@ def floor(
     stored, term = (torch.finfo(x).eps / 2 for x in (dtype, computed))
     stored *= roundings * (2 if truncated and dtype == torch.bfloat16 else 1)
     rounded = 2 if dtype == torch.float64 else 1
-    return rounded * (stored * size + TERM_ROUNDINGS * term * (size if terms is None else terms))
+    variance = TERM_VARIANCE * (size if terms is None else terms) ** 2 + SUM_VARIANCE * size**2
+    return rounded * (stored * size + DEVIATIONS * term * math.sqrt(variance))
 
 
 def relu_flip(units: float) -> float:

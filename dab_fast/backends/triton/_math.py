@@ -25,6 +25,25 @@ def exp(x):
 
 
 @triton.jit
+def log(x):
+    """ln x of a normal x > 0, or NaN: x = 2^k · m with m in [√½, √2), and a polynomial for ln m."""
+    i = x.to(tl.int32, bitcast=True)
+    k = (i - 0x3F3504F3) >> 23
+    f = (i - (k << 23)).to(tl.float32, bitcast=True) - 1.0
+    k = k.to(tl.float32)
+    p = 7.0376836e-2 * f - 1.1514610e-1
+    p = p * f + 1.1676998e-1
+    p = p * f - 1.2420141e-1
+    p = p * f + 1.4249323e-1
+    p = p * f - 1.6668058e-1
+    p = p * f + 2.0000715e-1
+    p = p * f - 2.4999994e-1
+    p = p * f + 3.3333331e-1
+    p = f + ((f * f) * (f * p - 0.5) - 2.12194440e-4 * k)
+    return tl.where(x != x, x, p + 0.693359375 * k)
+
+
+@triton.jit
 def held(x, LOW: tl.constexpr, BOUNDS_PASS: tl.constexpr):
     """Where max(x, LOW) passes no gradient on to x: `precision.clamp_passes_at_bounds` says whether LOW itself does."""
     if BOUNDS_PASS:
@@ -35,7 +54,7 @@ def held(x, LOW: tl.constexpr, BOUNDS_PASS: tl.constexpr):
 
 @triton.jit
 def sigmoid(x):
-    return 1.0 / (1.0 + exp(-x))
+    return tl.div_rn(1.0, 1.0 + exp(-x))
 
 
 @triton.jit

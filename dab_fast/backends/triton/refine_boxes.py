@@ -28,7 +28,7 @@ from dab_fast import precision
 from dab_fast.backends.triton._cases import CompileCase
 from dab_fast.backends.triton._common import INTERPRET
 from dab_fast.backends.triton._launch import cdiv, on_device_of, rows_of
-from dab_fast.backends.triton._math import held, sigmoid
+from dab_fast.backends.triton._math import held, log, sigmoid
 
 
 @triton.jit
@@ -40,15 +40,15 @@ def _relu(x):
 def _inverse_sigmoid(x, EPS: tl.constexpr):
     """log(x / (1 - x)) with x in [0, 1], numerator and denominator at least eps."""
     x = tl.where(x < 0.0, 0.0, tl.where(x > 1.0, 1.0, x))
-    return tl.log(tl.where(x < EPS, EPS, x) / tl.where(1.0 - x < EPS, EPS, 1.0 - x))
+    return log(tl.div_rn(tl.where(x < EPS, EPS, x), tl.where(1.0 - x < EPS, EPS, 1.0 - x)))
 
 
 @triton.jit
 def _inverse_sigmoid_slope(x, EPS: tl.constexpr, BOUNDS_PASS: tl.constexpr):
     """Its derivative: below eps the numerator is constant and the denominator is not, 1 / (1 - x)."""
     m_up, m_down = held(x, EPS, BOUNDS_PASS), held(1.0 - x, EPS, BOUNDS_PASS)
-    up = tl.where(m_up, 0.0, 1.0 / tl.where(m_up, 1.0, x))
-    down = tl.where(m_down, 0.0, 1.0 / tl.where(m_down, 1.0, 1.0 - x))
+    up = tl.where(m_up, 0.0, tl.div_rn(1.0, tl.where(m_up, 1.0, x)))
+    down = tl.where(m_down, 0.0, tl.div_rn(1.0, tl.where(m_down, 1.0, 1.0 - x)))
     return tl.where(held(x, 0.0, BOUNDS_PASS) | held(1.0 - x, 0.0, BOUNDS_PASS), 0.0, up + down)
 
 
