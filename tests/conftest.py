@@ -65,6 +65,12 @@ def seed(request):
     torch.manual_seed(request.config.getoption("seed"))
 
 
+@pytest.fixture(autouse=True)
+def convolutions_in_float32(monkeypatch):
+    """On a GPU they are in TF32 by default, whose rounding, another where a norm is folded, would hide the rest."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.fixture(params=("ieee", "tf32"))
 def fp32_precision(request):
     """Of CUDA's matrix products. `monkeypatch` cannot undo it: torch.backends' attributes cannot be deleted."""
