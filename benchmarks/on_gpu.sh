@@ -111,14 +111,12 @@ if wanted tests; then
         rm -f "$report"
     fi
 fi
+wanted model && bench "model" 90 "model"
 wanted decoder && bench "decoder" 110 "decoder and not compile"
 wanted ops && bench "ops" 70 "(modulated or box_position or refine) and not compile"
+wanted ops && [ -z "$dry" ] && bench "start" 60 "test_start"
 wanted profile && stage "profile" 45 bash -c \
     "'$python' -m benchmarks.profile --device '$device' $size --model >'$out/profile.txt'"
-if wanted decoder && [ -z "$dry" ]; then
-    bench "decoder, compiled" 120 "decoder and compile"
-fi
-wanted model && bench "model" 60 "model"
 if wanted sanitizer; then
     if [ -n "$dry" ]; then
         missing sanitizer "dry run: there is no GPU code to watch"
@@ -129,9 +127,10 @@ if wanted sanitizer; then
             -p no:cacheprovider -k "(modulated or box_position or refine) and (triton or native)"
     fi
 fi
-if wanted ops && [ -z "$dry" ]; then
-    bench "ops, compiled" 60 "(modulated or box_position or refine) and compile"
-    bench "start" 60 "test_start"
+# Compilation takes from half a minute to minutes per case.
+if [ -z "$dry" ]; then
+    wanted ops && bench "ops, compiled" 60 "(modulated or box_position or refine) and compile"
+    wanted decoder && bench "decoder, compiled" 120 "decoder and compile"
 fi
 
 # Pictures and tables of what there is.

@@ -360,6 +360,9 @@ def _default_cuda() -> list[BenchmarkCase]:
         BenchmarkCase("model", "inference", _shape(1050), "bf16"),
         BenchmarkCase("model", "training", _shape(1050, 2)),
         BenchmarkCase("model", "inference", _shape(1050)),
+        BenchmarkCase("model", "inference", _shape(1050, 8)),
+        BenchmarkCase("model", "inference", _shape(1050, 32), "bf16"),
+        BenchmarkCase("model", "training", _shape(1050, 8), "bf16"),
         *_host(),
     ]
 
