@@ -62,10 +62,9 @@ def accelerate(model: nn.Module, *, parts: Collection[str] = PARTS, recompute: b
         model: a Hugging Face `DabDetrForObjectDetection`, `DabDetrModel` or `DabDetrDecoder`, a `TransformerDecoder`
             of IDEA-Research/DAB-DETR or DN-DETR, or any module with one inside. What torch.compile returned is one, and
             compiles anew at its next call; what torch.jit or torch.export made of a module is none.
-        parts: which parts of the model, of "backbone", "encoder", "decoder", "head" and "criterion"; so far no
-            encoder is known, and the backbone of Hugging Face alone. Hugging Face's head calls its criterion, which is
-            fast only where the head is. When a model is accelerated again, the last call's `parts` and `recompute`
-            hold.
+        parts: which parts of the model, of "backbone", "encoder", "decoder", "head" and "criterion"; the
+            backbone and the encoder of Hugging Face alone. Hugging Face's head calls its criterion, which is fast only
+            where the head is. When a model is accelerated again, the last call's `parts` and `recompute` hold.
         recompute: in training keep only the decoder layers' inputs for backward, and compute the layers again there:
             less memory for more time. A Hugging Face decoder whose layers have `gradient_checkpointing` set is
             recomputed without it (transformers 5.23 itself refuses `gradient_checkpointing_enable()` for DAB-DETR).

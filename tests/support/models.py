@@ -62,7 +62,7 @@ def labels(batch: int = 2) -> list[dict[str, Tensor]]:
     return [{"class_labels": torch.tensor([1, 3]), "boxes": boxes + 0.01 * i} for i in range(batch)]
 
 
-def accelerated_copy(model: nn.Module, **options: bool) -> nn.Module:
+def accelerated_copy(model: nn.Module, **options: Any) -> nn.Module:
     import dab_fast
 
     fast = copy.deepcopy(model)
