@@ -1,6 +1,6 @@
-"""What the decoder asks of the machine: python -m benchmarks.counts [--json] [--tokens 1050 4200]
+"""What the decoder and the model ask of the machine: python -m benchmarks.counts [--json] [--tokens 1050 4200]
 
-Counted at B = 1 in fp32 on any machine, no GPU needed:
+Counted in fp32 on any machine, no GPU needed; the decoder at B = 1, the model on two small images, with its loss:
 
   aten_calls       ATen calls that compute (views and allocations left out); each is at least one launch on a GPU
   kernel_launches  launches of this package's own kernels
@@ -22,7 +22,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
 import torch
 
-from dab_fast.bench.counting import METRICS, decoder_counts, not_counted
+from dab_fast.bench.counting import METRICS, decoder_counts, model_counts, not_counted
 from dab_fast.bench.workloads import FEATURE_MAPS
 
 BASELINE = Path(__file__).with_name("counts.json")
@@ -40,12 +40,12 @@ def versions() -> dict[str, str]:
 
 
 def table(counts: dict[str, dict]) -> str:
-    lines = [f"{'S':>5}  {'provider':17} {'mode':9}  " + "  ".join(f"{m:>15}" for m in METRICS)]
-    for tokens, providers in counts.items():
+    lines = [f"{'of':>5}  {'provider':17} {'mode':9}  " + "  ".join(f"{m:>15}" for m in METRICS)]
+    for subject, providers in counts.items():  # a number of tokens, or "model"
         for provider, modes in providers.items():
             for mode, numbers in modes.items():
                 cells = "  ".join(f"{numbers[m]:15,}" for m in METRICS)
-                lines.append(f"{tokens:>5}  {provider:17} {mode:9}  {cells}")
+                lines.append(f"{subject:>5}  {provider:17} {mode:9}  {cells}")
     return "\n".join(lines)
 
 
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, nargs="+", choices=FEATURE_MAPS, default=tuple(FEATURE_MAPS))
     parser.add_argument("--write-baseline", action="store_true", help=f"replace {BASELINE.name}")
     args = parser.parse_args(argv)
-    counts = decoder_counts(tuple(args.tokens))
+    counts = {**decoder_counts(tuple(args.tokens)), "model": model_counts()}
     if args.write_baseline:
         BASELINE.write_text(json.dumps({"versions": versions(), "counts": counts}, indent=1) + "\n")
     print(json.dumps(counts, indent=1) if args.json else table(counts))

@@ -19,7 +19,7 @@ from dab_fast import ops
 from dab_fast.bench import bench, hardware, rows
 from dab_fast.bench import cases as cases_
 from dab_fast.bench.cases import BenchmarkCase, cases, measure_case
-from dab_fast.bench.counting import METRICS, decoder_counts
+from dab_fast.bench.counting import METRICS, decoder_counts, model_counts
 from dab_fast.bench.predict import decoder_stages, floor_ms, floor_seconds
 from dab_fast.bench.providers import PROVIDERS
 from dab_fast.bench.workloads import ONE_IMAGE, PAPER, TINY, WORKLOADS, Decoder, Shape
@@ -43,14 +43,17 @@ def numbers(found):
 
 def test_counts_say_less_than_the_original_and_do_not_rise():
     """The first under any versions, the second under those of the committed baseline."""
-    found = decoder_counts()
-    for providers in found.values():
+    found = {**decoder_counts(), "model": model_counts()}
+    for subject, providers in found.items():
         theirs = providers["huggingface"]
         for provider in providers.keys() - {"huggingface"}:
             for mode, ours in providers[provider].items():
                 launches = ours["aten_calls"] + ours["kernel_launches"]
                 assert launches < theirs[mode]["aten_calls"]
-                assert ours["host_syncs"] == 0 < theirs[mode]["host_syncs"]
+                if subject == "model":  # whether folded weights are fresh is waited for on a CPU alone
+                    assert ours["host_syncs"] <= 2 <= theirs[mode]["host_syncs"]
+                else:
+                    assert ours["host_syncs"] == 0 < theirs[mode]["host_syncs"]
                 assert ours["saved_bytes"] <= theirs[mode]["saved_bytes"]
     baseline = json.loads(counts.BASELINE.read_text())
     if baseline["versions"] != counts.versions():
@@ -75,8 +78,9 @@ def test_counts_form():
 
 def test_counts_command(capsys, monkeypatch):
     monkeypatch.setattr(counts, "decoder_counts", lambda tokens: decoder_counts(tokens, TINY))
+    monkeypatch.setattr(counts, "model_counts", lambda: model_counts(TINY))
     counts.main(["--json", "--tokens", "1050"])
-    assert json.loads(capsys.readouterr().out) == decoder_counts((1050,), TINY)
+    assert json.loads(capsys.readouterr().out) == {**decoder_counts((1050,), TINY), "model": model_counts(TINY)}
     counts.main(["--tokens", "1050"])
     assert "aten_calls" in capsys.readouterr().out
 
