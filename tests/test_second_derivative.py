@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dab_fast import ops
@@ -35,13 +34,18 @@ def projection(x):
     return dense.self_attention_projection(x, x, [draw(D, D)] * 5, draw(3 * D))
 
 
+def ffn(x):
+    shapes = {"linear1.weight": (5, D), "linear1.bias": (5,), "linear2.weight": (D, 5), "linear2.bias": (D,)}
+    return dense.ffn({f"layer.{name}": draw(*shape) for name, shape in shapes.items()}, "layer", x, "gelu", 0.0)
+
+
 FUNCTIONS = {
     "joint_linear": (
         "torch",
         lambda x: dense.joint_linear(x, (draw(D, D).requires_grad_(), x[:, :D]), (x[0], x[:3, 0])),
     ),
     "self_attention_projection": ("torch", projection),
-    "ffn": ("torch", lambda x: dense.ffn(x, draw(5, D), draw(5), draw(D, 5), draw(D), F.gelu, None, 0.0)),
+    "ffn": ("torch", ffn),
     "attention": ("torch", attention),
     "attention_triton": ("triton", attention),
     "box_position_embed": ("triton", embed),

@@ -222,16 +222,7 @@ class _Layers:
         tensors = q, q_pos, k_content, k_pos, cross_v
         x = self._attend(f"{name}.cross_attn", f"{name}.norm2", x, tensors, self.cross_mask)
 
-        update = ffn(
-            x,
-            params[f"{name}.linear1.weight"],
-            params[f"{name}.linear1.bias"],
-            params[f"{name}.linear2.weight"],
-            params[f"{name}.linear2.bias"],
-            F.prelu if config.activation == "prelu" else reference.ACTIVATIONS[config.activation],
-            params.get(f"{name}.activation.weight"),
-            self._rate(config.activation_dropout),
-        )
+        update = ffn(params, name, x, config.activation, self._rate(config.activation_dropout))
         return self._add_and_norm(x, update, f"{name}.norm3")
 
     def forward_on(self, backend: str, layer: int, x: Tensor, anchors: Tensor) -> Tensor:

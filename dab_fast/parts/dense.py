@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dab_fast._first_derivative import first_derivative_only
 from dab_fast._tracing import compiling, transformed
-from dab_fast.reference import Parameters
+from dab_fast.reference import ACTIVATIONS, Parameters
 
 Activation = Callable[..., Tensor]  # of the inner tensor and, for PReLU, its slope
 
@@ -59,21 +59,20 @@ def self_attention_projection(
 
 
 def ffn(
+    params: Parameters,
+    name: str,  # of a layer, whose f"{name}.linear1" is [F, D], f"{name}.linear2" [D, F]
     x: Tensor,  # [N, D]
-    w1: Tensor,  # [F, D]
-    b1: Tensor,  # [F]
-    w2: Tensor,  # [D, F]
-    b2: Tensor,  # [D]
-    activation: Activation,
-    slope: Tensor | None,  # of PReLU
+    activation: str,  # one of `config.Activation`
     dropout_p: float,  # on the inner activation
 ) -> Tensor:  # [N, D]
     """W2 activation(W1 x + b1) + b2."""
-    slopes = () if slope is None else (slope,)
+    (w1, w2), (b1, b2) = weights_and_biases(params, (f"{name}.linear1", f"{name}.linear2"))
+    slopes = (params[f"{name}.activation.weight"],) if activation == "prelu" else ()
+    inner_activation = F.prelu if activation == "prelu" else ACTIVATIONS[activation]
     if dropout_p > 0 or _plain(x, w1, b1, w2, b2, *slopes):
-        inner = activation(F.linear(x, w1, b1), *slopes)
+        inner = inner_activation(F.linear(x, w1, b1), *slopes)
         return F.linear(F.dropout(inner, dropout_p) if dropout_p > 0 else inner, w2, b2)
-    return _FFN.apply(activation, x, w1, b1, w2, b2, *slopes)
+    return _FFN.apply(inner_activation, x, w1, b1, w2, b2, *slopes)
 
 
 def _plain(*tensors: Tensor) -> bool:

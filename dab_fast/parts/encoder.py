@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dab_fast import ops, reference
+from dab_fast import ops
 from dab_fast._tracing import constant
 from dab_fast.config import Activation
 from dab_fast.ops.modulated_cross_attention import AttentionMask, attend, attention_mask
@@ -178,16 +178,7 @@ class _Layers:
         attended = attend(q, None, k, None, v, self.mask, dropout_p=config.attention_dropout)
         update = linear(params, f"{name}.self_attn.out_proj", attended.reshape(x.shape))
         x = self._add_and_norm(x, update, f"{name}.norm1")
-        update = ffn(
-            x,
-            params[f"{name}.linear1.weight"],
-            params[f"{name}.linear1.bias"],
-            params[f"{name}.linear2.weight"],
-            params[f"{name}.linear2.bias"],
-            F.prelu if config.activation == "prelu" else reference.ACTIVATIONS[config.activation],
-            params.get(f"{name}.activation.weight"),
-            constant(config.activation_dropout),
-        )
+        update = ffn(params, name, x, config.activation, constant(config.activation_dropout))
         return self._add_and_norm(x, update, f"{name}.norm2")
 
     def forward_on(self, backend: str, layer: int, x: Tensor) -> Tensor:
