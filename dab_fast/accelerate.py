@@ -60,8 +60,9 @@ def accelerate(model: nn.Module, *, parts: Collection[str] = PARTS, recompute: b
 
     Args:
         model: a Hugging Face `DabDetrForObjectDetection`, `DabDetrModel` or `DabDetrDecoder`, a `TransformerDecoder`
-            of IDEA-Research/DAB-DETR or DN-DETR, or any module with one inside. What torch.compile returned is one, and
-            compiles anew at its next call; what torch.jit or torch.export made of a module is none.
+            of IDEA-Research/DAB-DETR or DN-DETR, a model whose forward has their box head, their `SetCriterion`, or
+            any module with one inside. What torch.compile returned is one, and compiles anew at its next call; what
+            torch.jit or torch.export made of a module is none.
         parts: which parts of the model, of "backbone", "encoder", "decoder", "head" and "criterion"; the
             backbone and the encoder of Hugging Face alone. Hugging Face's head calls its criterion, which is fast only
             where the head is. When a model is accelerated again, the last call's `parts` and `recompute` hold.

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported; workers share the cores, tensors are tiny
@@ -63,6 +64,13 @@ def heard():
 @pytest.fixture(autouse=True)
 def seed(request):
     torch.manual_seed(request.config.getoption("seed"))
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    """torch.compile counts the recompilations of a function, whoever asked for them, and gives up at the eighth."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture(autouse=True)

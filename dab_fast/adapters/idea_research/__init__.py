@@ -1,7 +1,8 @@
 """IDEA-Research/DAB-DETR and DN-DETR: query-first tensors, bool masks with True = hidden, inverse sigmoid eps 1e-3.
 
 Neither repository is a package, so a decoder is recognised by its structure, and then by what it computes: a copy
-with random parameters must give on random queries what the fast forward gives. Parameter names are ours.
+with random parameters must give on random queries what the fast forward gives. Parameter names are ours. The box head
+and the criterion have forwards that differ from fork to fork: these run, and are answered by the fast ops.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from dab_fast.adapters._fast import Fast
-from dab_fast.adapters.idea_research import criterion
+from dab_fast.adapters.idea_research import criterion, head
 from dab_fast.adapters.idea_research.models import INVERSE_SIGMOID_EPS, fast_subclass
 
 __all__ = ["INVERSE_SIGMOID_EPS", "fast_class", "looks_like_decoder"]
@@ -24,6 +25,8 @@ def fast_class(module: nn.Module) -> type[Fast] | None:
     kind: Any = type(module)
     if criterion.looks_like_criterion(module):
         return criterion.fast_subclass(kind)
+    if head.looks_like_model(module):
+        return head.fast_subclass(kind)
     return fast_subclass(kind) if looks_like_decoder(module) else None
 
 

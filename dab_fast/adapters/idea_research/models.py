@@ -221,9 +221,9 @@ def is_relu_mlp(module: nn.Module) -> bool:
     if compiling():
         return True
     settings = frozenset((name, _hashable(x)) for name, x in vars(module).items() if not name.startswith("_"))
-    key = (type(module), settings, len(layers))  # `training` is one of the settings
+    key = (type(module), type(module).forward, settings, len(layers))  # `training` is one of the settings
     if key not in _IS_RELU_MLP:
-        _IS_RELU_MLP[key] = apart(lambda: _computes_relu_mlp(module))
+        _IS_RELU_MLP[key] = computes_relu_mlp(module)
     return _IS_RELU_MLP[key]
 
 
@@ -235,9 +235,13 @@ def _hashable(x: Any) -> Any:
     return x if isinstance(x, Hashable) else id(x)
 
 
+def computes_relu_mlp(module: nn.Module) -> bool:
+    """Ask a twin with layers of its own, since the weights may be anywhere, or zero."""
+    return apart(lambda: _computes_relu_mlp(module))
+
+
 @torch.no_grad()
 def _computes_relu_mlp(module: nn.Module) -> bool:
-    """Ask a twin with layers of its own, since the weights may be anywhere, or zero."""
     twin = copy.copy(module)
     twin.__dict__ = vars(module) | {"_modules": {}}
     with torch.device("meta"):
