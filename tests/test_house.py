@@ -12,7 +12,7 @@ from dab_fast.ops._examples import examples
 PACKAGE = Path(__file__).parents[1] / "dab_fast"
 OPS = sorted(path.stem for path in (PACKAGE / "ops").glob("[!_]*.py"))
 # Whoever uses or measures some op by name; a new op does without.
-USERS = ("__init__.py", "info.py", "warmup.py", "ops/_trust.py", "bench/", "decoder/", "backends/native/")
+USERS = ("__init__.py", "info.py", "warmup.py", "ops/_trust.py", "adapters/", "bench/", "decoder/", "backends/native/")
 
 
 def names(path: Path) -> set[str]:
