@@ -66,6 +66,15 @@ def seed(request):
     torch.manual_seed(request.config.getoption("seed"))
 
 
+@pytest.fixture
+def float64():
+    """Gradients of models are compared in float64, for the reason that `support.models.wide` gives."""
+    was = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(was)
+
+
 @pytest.fixture(autouse=True)
 def nothing_compiled():
     """torch.compile counts the recompilations of a function, whoever asked for them, and gives up at the eighth."""

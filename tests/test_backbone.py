@@ -1,13 +1,9 @@
-"""The backbone: a ResNet whose frozen norms are part of its convolutions, and what is folded is never stale."""
+"""The backbone: a ResNet whose frozen norms are part of its convolutions."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import io
-import logging
-import pickle
-import threading
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -15,74 +11,23 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DabDetrConfig, ResNetConfig
 from transformers.models.dab_detr import modeling_dab_detr
 
 import dab_fast
 from dab_fast import measure
-from dab_fast.parts import folding, onednn
+from dab_fast.parts import onednn
+from tests.support.backbone import (
+    BASIC,
+    BOTTLENECK,
+    assert_close,
+    assert_same,
+    pair,
+    pixels,
+    randomize_buffers,
+)
 from tests.support.models import assert_same_gradients, huggingface_model, images
-
-# Of the largest feature: rounding of float32 through twenty convolutions stays below 1e-6 in every draw seen; one norm
-# whose scale is left out changes features by more than a tenth.
-TOLERANCE = 1e-5
-
-BOTTLENECK = dict(embedding_size=8, hidden_sizes=[16, 16, 32, 32], depths=[2, 1, 2, 1], layer_type="bottleneck")
-BASIC = dict(embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[2, 1, 1, 2], layer_type="basic")
-
-
-def encoder(*, out: tuple[str, ...] = ("stage4",), dc5: bool = False, **config: Any) -> Any:
-    """Hugging Face's backbone in eval mode, with buffers that hide nothing."""
-    model = huggingface_model(backbone_config=ResNetConfig(**(config or BOTTLENECK), out_features=list(out)), std=0.03)
-    module: Any = model.model.backbone.conv_encoder
-    randomize_buffers(module)
-    if dc5:  # transformers' own ResNet has no setting for it: what IDEA's dilated last stage does to its convolutions
-        for conv in (x for x in module.model.encoder.stages[3].modules() if isinstance(x, nn.Conv2d)):
-            conv.stride = (1, 1)
-            if conv.kernel_size == (3, 3):
-                conv.dilation = conv.padding = (2, 2)
-    return module
-
-
-def randomize_buffers(module: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(2)
-    for name, x in module.named_buffers():
-        noise = torch.rand(x.shape, generator=generator) - 0.5
-        x.copy_(noise + (1.0 if name.endswith(("running_var", "weight")) else 0.0))
-
-
-def pair(**config: Any) -> tuple[Any, Any]:
-    """The original, and an accelerated copy."""
-    theirs = encoder(**config)
-    ours = copy.deepcopy(theirs)
-    report = dab_fast.accelerate(ours)
-    assert list(report.replaced) == [""], report
-    return ours, theirs
-
-
-def pixels(batch: int = 2) -> tuple[Tensor, Tensor]:
-    """Images [B, 3, 64, 96] and their mask, padded where there are two."""
-    given = images(batch, 64, 96, padded=batch > 1)
-    return given["pixel_values"], given.get("pixel_mask", torch.ones(batch, 64, 96))
-
-
-def assert_same(ours: Any, theirs: Any, *given: Tensor) -> None:
-    """The fast forward gives what the original gives: values, masks and memory layout."""
-    before = sum(ours.dab_fast_reasons.values())
-    got, expected = ours(*given), theirs(*given)
-    assert sum(ours.dab_fast_reasons.values()) == before, ours.dab_fast_reasons
-    assert len(got) == len(expected)
-    for (x, mask), (right, right_mask) in zip(got, expected, strict=True):
-        assert_close(x, right)
-        assert x.stride() == right.stride()
-        assert torch.equal(mask, right_mask)
-
-
-def assert_close(x: Tensor, right: Tensor) -> None:
-    assert x.dtype == right.dtype
-    torch.testing.assert_close(x, right, rtol=0, atol=TOLERANCE * right.abs().max().item())
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -121,6 +66,7 @@ def test_other_sizes_follow_one_another():
             assert_same(ours, theirs, torch.randn(1, 3, height, width), torch.ones(1, height, width))
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_gradients(training: bool, frozen: bool):
@@ -181,6 +127,7 @@ def test_no_gradient_that_onednn_writes_past_its_memory(autocast: bool):
         assert weight.shape[2:] != (1, 1) or weight.shape[1] >= 16 or list(stride) == [1, 1]
 
 
+@pytest.mark.usefixtures("float64")
 def test_only_the_first_stages_are_frozen():
     ours, theirs = pair()
     gradients = []
@@ -262,226 +209,7 @@ def test_a_weight_that_is_nan_stays(name: str):
             assert torch.equal(got.isnan(), expected.isnan())
 
 
-# What is folded is never stale
-
-
-def _data_copy(module: nn.Module) -> None:
-    for p in module.parameters():
-        p.data.copy_(p.data * 1.5)
-
-
-def _data_swap(module: nn.Module) -> None:
-    """The same numbers in another order."""
-    for p in module.parameters():
-        p.data.copy_(p.data.flip(0).clone())
-
-
-def _one_bit(module: nn.Module) -> None:
-    weight = next(p for name, p in module.named_parameters() if "stages.3" in name).data
-    weight.view(torch.int32).view(-1)[7] ^= 1 << 29
-
-
-def _replaced(module: nn.Module) -> None:
-    for p in module.parameters():
-        p.data = p.data * 0.5
-
-
-def _buffers(module: nn.Module) -> None:
-    for name, x in module.named_buffers():
-        if name.endswith("running_var"):
-            x.mul_(2.0)
-
-
-def _buffers_data(module: nn.Module) -> None:
-    for name, x in module.named_buffers():
-        if name.endswith("running_mean"):
-            x.data.add_(1.0)
-
-
-def _loaded(module: nn.Module) -> None:
-    module.load_state_dict({name: x * 0.7 for name, x in module.state_dict().items()})
-
-
-def _assigned(module: nn.Module) -> None:
-    module.load_state_dict({name: x * 0.7 for name, x in module.state_dict().items()}, assign=True)
-
-
-def _stepped(module: nn.Module) -> None:
-    optimizer = torch.optim.AdamW(module.parameters(), lr=0.05)
-    with torch.enable_grad():
-        module(*pixels())[0][0].square().mean().backward()
-    optimizer.step()
-
-
-def _inference_write(module: nn.Module) -> None:
-    with torch.inference_mode():
-        for p in module.parameters():
-            p.mul_(0.9)
-
-
-CHANGES = [
-    _data_copy,
-    _data_swap,
-    _one_bit,
-    _replaced,
-    _buffers,
-    _buffers_data,
-    _loaded,
-    _assigned,
-    _stepped,
-    _inference_write,
-]
-
-
-@pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__.strip("_"))
-def test_never_stale(change: Callable[[nn.Module], None], grad: bool):
-    ours, theirs = pair()
-    with torch.set_grad_enabled(grad):
-        for _ in range(3):
-            before = ours(*pixels())[0][0]
-        for module in (ours, theirs):
-            with torch.no_grad():
-                change(module)
-        assert not torch.equal(before, theirs(*pixels())[0][0])
-        for _ in range(3):
-            assert_same(ours, theirs, *pixels())
-
-
-def test_rows_that_change_places_are_seen():
-    """Of a tensor so large that its bits are added up."""
-    x, owner = torch.randn(128, 512), nn.Identity()
-    first = folding.derived(owner, "it", [x], x.clone)
-    assert folding.derived(owner, "it", [x], x.clone) is first
-    x.data[:2] = x.data[:2].flip(0).clone()
-    assert torch.equal(folding.derived(owner, "it", [x], x.clone), x)
-
-
-def test_ema():
-    ours, theirs = pair()
-    averages = [AveragedModel(m, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True) for m in (ours, theirs)]
-    for _ in range(3):
-        for module, average in zip((ours, theirs), averages, strict=True):
-            _stepped(module)
-            average.update_parameters(module)
-        with torch.no_grad():
-            for (x, _), (right, _) in zip(averages[0](*pixels()), averages[1](*pixels()), strict=True):
-                # Two trained networks: optimizers divide by gradients, whose rounding then shows.
-                torch.testing.assert_close(x, right, rtol=0, atol=1e-2 * right.abs().max().item())
-            plain = copy.deepcopy(averages[0].module)
-            dab_fast.restore(plain)
-            assert_same(averages[0].module, plain, *pixels())
-
-
-def test_functional_call():
-    ours, theirs = pair()
-    other = {name: x * 0.8 for name, x in theirs.state_dict().items()}
-    with torch.no_grad():
-        for _ in range(2):
-            assert_same(ours, theirs, *pixels())
-            got = torch.func.functional_call(ours, other, pixels())[0][0]
-            assert_close(got, torch.func.functional_call(theirs, other, pixels())[0][0])
-
-
-def test_inference_mode():
-    with torch.inference_mode():
-        ours, theirs = pair()  # of tensors that have no version
-        for _ in range(3):
-            assert_same(ours, theirs, *pixels())
-        for module in (ours, theirs):
-            for p in module.parameters():
-                p.mul_(0.9)
-        assert_same(ours, theirs, *pixels())
-    ours, theirs = pair()
-    with torch.inference_mode():
-        assert_same(ours, theirs, *pixels())
-    for module in (ours, theirs):
-        module(*pixels())[0][0].sum().backward()  # nothing that was kept is a tensor of inference mode
-    assert_same_gradients(*({n: p.grad for n, p in m.named_parameters()} for m in (ours, theirs)))
-
-
-def test_threads():
-    ours, theirs = pair()
-    given = [(torch.randn(1, 3, size, 64), torch.ones(1, size, 64)) for size in (32, 64, 96, 64)]
-    with torch.no_grad():
-        expected = [theirs(*x)[0][0] for x in given]
-    errors: list[BaseException] = []
-
-    def work(i: int) -> None:
-        try:
-            with torch.no_grad():
-                for _ in range(5):
-                    assert_close(ours(*given[i])[0][0], expected[i])
-                    dab_fast.refresh(ours)
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(given))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors
-
-
-def test_on_a_gpu_the_answer_comes_at_the_next_call(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
-    """A GPU's answer stands in a flag that the next call reads; here the flag is the CPU's."""
-    monkeypatch.setattr(folding, "_waits_for", lambda device: False)
-    monkeypatch.setattr(folding, "_is_capturing", lambda device: False)
-    monkeypatch.setattr(folding, "_later", lambda flag: lambda: bool(flag))
-    monkeypatch.setattr(folding, "_warned", False)
-    ours, theirs = pair()
-    with torch.no_grad(), caplog.at_level(logging.WARNING, "dab_fast"):
-        for _ in range(3):
-            assert_same(ours, theirs, *pixels())
-        for module in (ours, theirs):
-            _data_copy(module)
-        ours(*pixels())
-        assert "dab_fast.refresh" not in caplog.text
-        assert_same(ours, theirs, *pixels())
-        assert caplog.text.count("dab_fast.refresh") == 1
-        for module in (ours, theirs):
-            _data_copy(module)
-        dab_fast.refresh(ours)
-        assert_same(ours, theirs, *pixels())
-        assert caplog.text.count("dab_fast.refresh") == 1
-
-
 # What an accelerated backbone leaves as it was
-
-
-def test_nothing_folded_is_copied_saved_or_kept_too_long():
-    ours, theirs = pair()
-    with torch.no_grad():
-        ours(*pixels())
-    assert folding.kept(ours).nbytes() > 0
-    assert list(ours.state_dict()) == list(theirs.state_dict())
-    assert folding.kept(copy.deepcopy(ours)) is None
-    loaded = pickle.loads(pickle.dumps(ours))
-    assert type(loaded) is type(theirs)
-    buffer = io.BytesIO()
-    torch.save(ours, buffer)
-    assert len(buffer.getvalue()) < 1.1 * sum(x.nbytes for x in ours.state_dict().values()) + 200_000
-    for leave in (lambda: ours.train().eval(), lambda: ours.to(torch.float32), lambda: dab_fast.refresh(ours)):
-        with torch.no_grad():
-            ours(*pixels())
-        leave()
-        assert folding.kept(ours) is None
-    with torch.no_grad():
-        ours(*pixels())
-    dab_fast.restore(ours)
-    assert folding.kept(ours) is None
-    assert type(ours) is type(theirs)
-    assert torch.equal(ours(*pixels())[0][0], theirs(*pixels())[0][0])
-
-
-def test_the_report_says_how_much_memory_is_kept():
-    ours = encoder()
-    report = dab_fast.accelerate(ours)
-    assert "folded" not in str(report)
-    with torch.no_grad():
-        ours(*pixels())
-    assert "MB of folded weights" in str(report)
 
 
 def test_a_hook_on_a_convolution_runs():
@@ -565,7 +293,7 @@ def test_timm(name: str, dc5: bool):
         for _ in range(3):
             assert_same(ours, theirs, *pixels())
     x, mask = pixels()
-    for module in (ours, theirs):  # in float64: float32's rounding turns relus of a deep random network over
+    for module in (ours, theirs):  # in float64, as the fixture of that name says
         module.double().train()(x.double(), mask)[-1][0].square().mean().backward()
     assert_same_gradients(*({n: p.grad for n, p in m.named_parameters()} for m in (ours, theirs)))
     assert not ours.dab_fast_reasons

@@ -23,6 +23,7 @@ def gradients(model) -> dict[str, torch.Tensor | None]:
     return {name.removeprefix("module."): full(p.grad) for name, p in model.named_parameters()}
 
 
+@pytest.mark.usefixtures("float64")
 def test_ddp(process_group):
     model = huggingface_model().train()
     fast = accelerated_copy(model)
@@ -33,6 +34,7 @@ def test_ddp(process_group):
     assert not fast.model.decoder.dab_fast_reasons
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("per_layer", [False, True])
 def test_fsdp2(process_group, per_layer):
     """Sharded at the root the decoder reads whole parameters; layers sharded on their own are hooked: step aside."""

@@ -57,6 +57,7 @@ def test_outputs_stack_and_references(variant, padded):
 
 
 @pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_loss_and_gradients(variant, padded):
     model = huggingface_model(**VARIANTS[variant]).train()

@@ -30,6 +30,8 @@ from tests.test_huggingface import VARIANTS
 
 D, FFN = 64, 96
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 
 def head(path: str, *widths: int) -> Any:
     """Replaces one of the decoder's MLPs."""

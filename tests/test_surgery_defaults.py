@@ -22,6 +22,8 @@ from tests.support.surgery import (
     run_idea_decoder,
 )
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:

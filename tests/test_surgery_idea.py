@@ -33,6 +33,8 @@ from tests.support.surgery import (
 )
 from tests.test_surgery import layers, setting
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 
 def rewritten(kind: type, old: str, new: str) -> type:
     """A fork: the class with one piece of its source exchanged."""

@@ -146,6 +146,7 @@ def hooked(module: nn.Module) -> None:
 WRAPPERS = [closure, method, partial, autocast, hooked]
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("path", ["", "model", "model.decoder"])
 @pytest.mark.parametrize("wrap", WRAPPERS)
 @pytest.mark.parametrize("order", ["restore first", "unwrap first", "accelerate again"])
@@ -181,6 +182,7 @@ def test_restore_of_a_wrapped_model(wrap, path, order):
     assert_same(attempt(run_model, model), expected)
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("wrap", WRAPPERS)
 def test_restore_of_a_wrapped_idea_decoder(wrap):
     decoder = copy.deepcopy(idea())
@@ -192,6 +194,7 @@ def test_restore_of_a_wrapped_idea_decoder(wrap):
     assert_same(attempt(run_idea_decoder, decoder), expected)
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("path", ["", "model", "model.decoder"])
 @pytest.mark.parametrize("build", ["config", "from_pretrained", "_from_config", "new"])
 def test_building_through_the_instances_class(build, path, tmp_path):
@@ -233,6 +236,7 @@ def run_bare_model(model: Any, padded: bool) -> dict[str, Tensor]:
     return {"states": out.intermediate_hidden_states, "references": out.reference_points}
 
 
+@pytest.mark.usefixtures("float64")
 def test_building_an_idea_decoder_through_its_class():
     student = copy.deepcopy(idea())
     dab_fast.accelerate(student)
@@ -260,6 +264,7 @@ def another_class_on_top(module: nn.Module) -> type:
     return type(module)
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("path", ["", "model.decoder"])
 @pytest.mark.parametrize("wrap", ["fully_shard", "another class", "parametrize"])
 def test_restore_under_another_librarys_class(wrap, path, mesh):

@@ -35,6 +35,8 @@ RUN = {"huggingface": run_huggingface_decoder, "idea": run_idea_decoder}
 # are the same at every run. Half are no change, one that it can serve, or one that the module chosen has no use for.
 LEAST_SHARE = 0.5
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 
 @functools.cache
 def base(codebase: str) -> nn.Module:

@@ -3,7 +3,8 @@ libraries."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -14,6 +15,7 @@ from dab_fast import accuracy, measure
 from dab_fast.backends.torch.modulated_cross_attention import SCORES_AT_ONCE
 from dab_fast.bench.providers import PROVIDERS, Provider
 from dab_fast.bench.workloads import FEATURE_MAPS, PAPER, Decoder, Model, Prepared, Shape, Size, Workload
+from dab_fast.parts.folding import WORDS_AT_ONCE
 
 METRICS = ("aten_calls", "kernel_launches", "host_syncs", "saved_bytes")
 
@@ -56,13 +58,22 @@ def _zero_cost_cotangents(outputs: tuple[Tensor, ...]) -> list[Tensor]:
     return [torch.empty_like(x) for x in outputs]
 
 
+@contextmanager
+def _as_on_a_gpu() -> Iterator[None]:
+    """Takes at once what a GPU would be given at once."""
+    with ExitStack() as stack:
+        for at_once in (SCORES_AT_ONCE, WORDS_AT_ONCE):
+            stack.enter_context(mock.patch.dict(at_once, cpu=at_once["gpu"]))
+        yield
+
+
 def decoder_counts(tokens: tuple[int, ...] = tuple(FEATURE_MAPS), size: Size = PAPER) -> dict[str, dict[str, Any]]:
     """{tokens: {provider: {mode: {metric: number}}}} of the decoder at B = 1, fp32; as a GPU would be asked."""
     counts: dict[str, dict[str, Any]] = {}
     for s in tokens:
         height, width = FEATURE_MAPS[s]
         work = Decoder(Shape(height=height, width=width), size=size)
-        with mock.patch.dict(SCORES_AT_ONCE, cpu=SCORES_AT_ONCE["gpu"]):
+        with _as_on_a_gpu():
             counts[str(s)] = {
                 p.name: count_modes(work, p) for p in PROVIDERS.values() if p.counted and p.why_not(work) is None
             }
@@ -76,7 +87,7 @@ def model_counts(size: Size = PAPER) -> dict[str, dict[str, dict[str, int]]]:
     alone. The kernels run, since the loss matches boxes, which must be numbers.
     """
     work = Model(Shape(batch=2, queries=20, height=4, width=5), size=size)
-    with mock.patch.dict(SCORES_AT_ONCE, cpu=SCORES_AT_ONCE["gpu"]):
+    with _as_on_a_gpu():
         return {
             p.name: count_modes(work, p, run_kernels=True)
             for p in PROVIDERS.values()

@@ -26,6 +26,10 @@ T = TypeVar("T")
 _COLUMNS = 509
 _LEAST = 4096  # words from which a tensor is added up; the bits of a smaller one are kept
 
+# A GPU adds up a copy of many tensors at once, of so many words at most: calls cost it more than memory traffic.
+# 0: every tensor is added up by itself, where it is.
+WORDS_AT_ONCE = {"cpu": 0, "gpu": 1 << 22}
+
 _DERIVED: WeakKeyDictionary[nn.Module, _Derived] = WeakKeyDictionary()
 _warned = False
 
@@ -105,19 +109,29 @@ class _Bits:
     """The memory of some tensors as integers."""
 
     def __init__(self, sources: Sequence[Tensor]) -> None:
-        self._sums: list[Tensor] = []
-        self._rest: list[Tensor] = []
-        for x in sources:
-            words = _words(x.detach())
-            whole = words.numel() // _COLUMNS * _COLUMNS if words.numel() >= _LEAST else 0
-            if whole:
-                self._sums.append(words[:whole].view(-1, _COLUMNS))
-            self._rest.append(words[whole:].view(torch.uint8))
+        self._summed: list[list[Tensor]] = []  # flat, in words: what is added up at once
+        self._kept: list[Tensor] = []  # flat, in bytes
+        at_once = WORDS_AT_ONCE["cpu" if sources[0].device.type == "cpu" else "gpu"]
+        length = at_once
+        for words in (_words(x.detach()) for x in sources):
+            if words.dtype is torch.uint8 or words.numel() < _LEAST:
+                self._kept.append(words.view(torch.uint8))
+            elif length + words.numel() > at_once:
+                self._summed.append([words])
+                length = words.numel()
+            else:
+                self._summed[-1].append(words)
+                length += words.numel()
 
     def digest(self) -> tuple[Tensor, ...]:
         """What changes with the bits."""
-        rest = torch.cat(self._rest)
-        return (rest, torch.cat([x.sum(0) for x in self._sums])) if self._sums else (rest,)
+        sums, kept = [], list(self._kept)
+        for words in self._summed:
+            joined = words[0] if len(words) == 1 else torch.cat(words)
+            whole = joined.numel() // _COLUMNS * _COLUMNS
+            sums.append(joined[:whole].view(-1, _COLUMNS).sum(0))
+            kept.append(joined[whole:].view(torch.uint8))
+        return (torch.cat(kept), torch.cat(sums)) if sums else (torch.cat(kept),)
 
 
 def _words(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import dab_fast
 from dab_fast import idea_research
 from dab_fast.accuracy import BOX_TOLERANCE, HIDDEN_TOLERANCE
 from tests.support import idea_second_writing as second
-from tests.support.models import perturb_
+from tests.support.models import perturb_, wide
 
 D, H, L, B, Q, S = 32, 4, 3, 2, 7, 11
 
@@ -143,7 +143,9 @@ def assert_same_outputs(ours, theirs):
 
 
 def gradients(decoder, query_dim, masks):
-    given = inputs(query_dim, requires_grad=True)
+    """Of a random combination of the outputs, in float64."""
+    decoder = wide(decoder)
+    given = {name: x.double().requires_grad_() for name, x in inputs(query_dim).items()}
     hidden_states, references = decoder(**given, **masks)
     generator = torch.Generator().manual_seed(3)
     loss = (hidden_states * torch.randn(hidden_states.shape, generator=generator)).sum()

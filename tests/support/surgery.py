@@ -69,8 +69,12 @@ def attempt(run: Runner, module: nn.Module, *, padded: bool = False) -> Ran:
     return Ran({name: x.detach() for name, x in outputs.items()}, dict(zip(leaves, found, strict=True)))
 
 
-@functools.cache
 def huggingface() -> Any:
+    return _huggingface(torch.get_default_dtype())
+
+
+@functools.cache
+def _huggingface(dtype: torch.dtype) -> Any:
     return huggingface_model()
 
 
@@ -78,8 +82,12 @@ def huggingface_decoder() -> Any:
     return huggingface().model.decoder
 
 
-@functools.cache
 def idea(**variant: Any) -> nn.Module:
+    return _idea(torch.get_default_dtype(), **variant)
+
+
+@functools.cache
+def _idea(dtype: torch.dtype, **variant: Any) -> nn.Module:
     return idea_models.oracle(**variant)
 
 

@@ -6,6 +6,7 @@ it.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -22,8 +23,11 @@ from dab_fast.adapters.huggingface.backbone import DabDetrConvEncoder
 from dab_fast.adapters.huggingface.encoder import DabDetrEncoder
 from dab_fast.config import DecoderConfig
 from dab_fast.decoder import decode, predict_boxes
+from dab_fast.ops import sine_embed
 from dab_fast.parameters import StepAside, gather
 from dab_fast.precision import autocast_on
+
+_POSITION_EPS = 1e-6  # in the forward of their sine embedding
 
 
 def _is_container(module: nn.Module) -> bool:
@@ -215,7 +219,7 @@ class DabDetrModel(Known, original.DabDetrModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         unpadded = pixel_mask is None or is_all_valid(pixel_mask)
-        feature_map, mask, pos = _features(self, pixel_values, pixel_mask)
+        feature_map, mask, pos = _features(self, pixel_values, pixel_mask, unpadded)
         encoded = self.encoder(
             inputs_embeds=self.input_projection(feature_map).flatten(2).transpose(1, 2),
             attention_mask=None if unpadded and is_known(self.encoder, original.DabDetrEncoder) else mask,
@@ -398,13 +402,39 @@ def _features(
     model: Any,
     pixel_values: Tensor,  # [B, 3, height, width]
     pixel_mask: Tensor | None,  # [B, height, width], 1 = valid
+    unpadded: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # [B, C, h, w]; its mask [B, S], 1 = valid; the tokens' positions [B, S, D]
     if pixel_mask is None:
         batch, _, height, width = pixel_values.shape
         pixel_mask = pixel_values.new_ones((batch, height, width), dtype=torch.float32)
-    features, positions = model.backbone(pixel_values, pixel_mask)
-    feature_map, mask = features[-1]
-    return feature_map, mask.flatten(1), positions[-1].flatten(2).transpose(1, 2)
+    backbone = model.backbone
+    if not (_makes_sines(backbone) and _is_one_sine(backbone.position_embedding)):
+        features, positions = backbone(pixel_values, pixel_mask)
+        feature_map, mask = features[-1]
+        return feature_map, mask.flatten(1), positions[-1].flatten(2).transpose(1, 2)
+    feature_map, mask = backbone.conv_encoder(pixel_values, pixel_mask)[-1]
+    positions = _positions(mask[:1] if unpadded else mask, backbone.position_embedding).to(feature_map.dtype)
+    return feature_map, mask.flatten(1), positions.expand(mask.shape[0], -1, -1)
+
+
+def _positions(mask: Tensor, embedding: Any) -> Tensor:  # [B, h, w], 1 = valid; [B, S, D]
+    """The sine embedding of where a token is among the valid ones of its column and of its row."""
+    y, x = (mask.cumsum(axis, dtype=torch.float32) for axis in (1, 2))
+    y, x = y / (y[:, -1:] + _POSITION_EPS), x / (x[:, :, -1:] + _POSITION_EPS)
+    coordinates = torch.stack((y, x), -1).flatten(1, 2)
+    return sine_embed(coordinates, int(embedding.embedding_dim), embedding.temperature_height, order="xywh")
+
+
+def _is_one_sine(embedding: Any) -> bool:
+    """Whether one `sine_embed` computes both halves of a position, whose settings a user may have changed."""
+    dim, temperature, scale = embedding.embedding_dim, embedding.temperature_height, embedding.scale
+    return (
+        dim % 2 == 0
+        and dim > 0
+        and temperature == embedding.temperature_width
+        and temperature > 0
+        and scale == 2 * math.pi
+    )
 
 
 def _makes_sines(backbone: Any) -> bool:

@@ -230,7 +230,9 @@ def _backward(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # those needed of d_q, d_k, d_v
     need_q, need_k, need_v = needs
-    wide_q, wide_k = at_least_float32(q) * scale, at_least_float32(k)
+    # Heads are strided, and every product would copy them again.
+    d_out, k, v = d_out.contiguous(), k.contiguous(), v.contiguous()
+    wide_q, wide_k = at_least_float32(q.contiguous()) * scale, at_least_float32(k)
     weights = _weights(wide_q, wide_k, hidden)
     if hidden is not None and not mean:
         weights.masked_fill_(hidden, 0)
