@@ -39,8 +39,7 @@ def split_last(x: Tensor, *sizes: int) -> Tensor:
 
 def inverse_sigmoid(x: Tensor, eps: float) -> Tensor:
     """log(x / (1 - x)) with x in [0, 1], numerator and denominator kept at least `eps` separately."""
-    x = x.clamp(0, 1)
-    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
+    return torch.log(x.clamp(eps, 1) / (1 - x).clamp(eps, 1))
 
 
 def sine_embed(
@@ -58,9 +57,12 @@ def sine_embed(
     if order == "yxwh":
         x, y, *size = coordinates.unbind(-1)
         coordinates = torch.stack((y, x, *size), -1)
-    exponent = torch.arange(0, num_feats, 2, dtype=coordinates.dtype, device=coordinates.device) / num_feats
+    pairs = (num_feats + 1) // 2
+    exponent = torch.linspace(
+        0, -2 * (pairs - 1) / num_feats, pairs, dtype=coordinates.dtype, device=coordinates.device
+    )
     # A literal: torch.compile with dynamic shapes takes math.pi for a variable, which no checkpoint may contain.
-    angle = coordinates.unsqueeze(-1) * 6.283185307179586 / temperature**exponent
+    angle = coordinates.unsqueeze(-1) * 6.283185307179586 * temperature**exponent
     return torch.stack((angle.sin(), angle.cos()), -1).flatten(-3).to(dtype)
 
 
@@ -170,7 +172,9 @@ def refine_boxes(
             x = F.relu(F.linear(x, weight.to(x.dtype), bias.to(x.dtype)))
         delta = F.linear(x, w3.to(x.dtype), b3.to(x.dtype))
     old = inverse_sigmoid(at_least_float32(boxes), eps).to(delta.dtype)
-    return (delta + F.pad(old, (0, delta.shape[-1] - old.shape[-1]))).sigmoid()
+    if old.shape[-1] < delta.shape[-1]:
+        old = F.pad(old, (0, delta.shape[-1] - old.shape[-1]))
+    return (delta + old).sigmoid()
 
 
 def initial_queries(

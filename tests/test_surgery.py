@@ -299,11 +299,20 @@ def test_another_decoder_class_gets_what_the_original_gives_it():
     check(huggingface(), run_model, change, "before")
 
 
+def cooler_positions(model: Any) -> None:
+    embedding = model.model.backbone.position_embedding
+    embedding.temperature_width = embedding.temperature_height = 9
+
+
 @WHEN
 @cases(
     Change("scale", lambda m: setattr(m.model.backbone.position_embedding, "scale", 1.0), "", served=True),
     Change(
         "temperature", lambda m: setattr(m.model.backbone.position_embedding, "temperature_width", 9), "", served=True
+    ),
+    *(
+        Change(f"temperatures{'_padded' if padded else ''}", cooler_positions, "", served=True, padded=padded)
+        for padded in (False, True)
     ),
     Change("num_queries", lambda m: setattr(m.model, "num_queries", 9), "", matters=False, served=True),
 )
@@ -382,8 +391,11 @@ def test_patched_classes_and_functions(owner, name, value, when, monkeypatch):
         assert reasons() == seen, "without the patch it is fast again"
 
 
+POSITIONS = ["DabDetrConvModel", "DabDetrSinePositionEmbedding"]
+
+
 @WHEN
-@pytest.mark.parametrize("name", ["DabDetrModel", "DabDetrForObjectDetection", "DabDetrSinePositionEmbedding"])
+@pytest.mark.parametrize("name", [*POSITIONS, "DabDetrModel", "DabDetrForObjectDetection"])
 def test_patched_models(name, when, monkeypatch):
     owner = getattr(original, name)
     theirs, ours = copy.deepcopy(huggingface()), copy.deepcopy(huggingface())
@@ -391,7 +403,7 @@ def test_patched_models(name, when, monkeypatch):
     monkeypatch.setattr(owner, "forward", scaled(owner.forward))
     reasons = reasons or accelerate(ours)
     assert_same(attempt(run_model, ours), attempt(run_model, theirs))
-    assert name in reasons() or name == "DabDetrSinePositionEmbedding"
+    assert name in reasons() or name in POSITIONS
 
 
 def freeze(path: str) -> Any:

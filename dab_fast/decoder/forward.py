@@ -45,6 +45,8 @@ from dab_fast.reference import (
 
 _SELF_CONTENT = ("sa_qcontent", "sa_kcontent", "sa_v")
 _SELF_POS = ("sa_qpos", "sa_kpos")
+_FROM_CONTENT = ("query_scale.layers.0", "ref_anchor_head.layers.0")
+_CONTENT_HEADS = "content_heads"  # those two in one
 _SHARED = ("query_scale.layers.", "ref_anchor_head.", "ref_point_head.")
 
 
@@ -250,9 +252,8 @@ class _Layers:
     def _content_heads(self, layer: int, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The scale of the query's sine embedding and the logits of its reference size, both read from the content."""
         views, config = self.views[layer], self.config
-        if config.modulate_hw_attn and config.query_scale_type != "fix_elewise" and layer > 0:
-            first = weights_and_biases(views, ("query_scale.layers.0", "ref_anchor_head.layers.0"))
-            scale, size = F.relu(joint_linear(x, *first)).chunk(2, -1)
+        if layer > 0 and f"{_CONTENT_HEADS}.weight" in views:
+            scale, size = F.relu(linear(views, _CONTENT_HEADS, x)).chunk(2, -1)
             return linear(views, "query_scale.layers.1", scale), linear(views, "ref_anchor_head.layers.1", size)
         return (
             reference.content_scale(views, config, layer, x),
@@ -261,9 +262,16 @@ class _Layers:
 
 
 def _views_per_layer(params: Parameters, num_layers: int) -> list[Parameters]:
-    """Per layer, the weights that the layers share."""
+    """Per layer, the weights that the layers share; from the second, what two MLPs read the content by in one."""
     shared = {name: x for name, x in params.items() if name.startswith(_SHARED)}
+    first: dict[str, Tensor] = {}
+    if num_layers > 1 and all(f"{head}.weight" in shared for head in _FROM_CONTENT):
+        for kind in ("weight", "bias"):
+            names = [f"{head}.{kind}" for head in _FROM_CONTENT]
+            first |= {name: shared.pop(name) for name in names}
+            shared[f"{_CONTENT_HEADS}.{kind}"] = torch.cat([first[name] for name in names])
     views = views_per_layer(shared, num_layers)
+    views[0] = {**views[0], **first}
     if "query_scale.weight" in params:  # a row per layer
         views = [{**view, "query_scale.weight": params["query_scale.weight"]} for view in views]
     return views

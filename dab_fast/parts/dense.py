@@ -52,10 +52,13 @@ def self_attention_projection(
     bias: Tensor,  # [3 * D]: of q, k (content and position added) and v
 ) -> Tensor:  # [N, 3 * D]: q, k, v
     """q and k are projections of the content plus projections of the position, v is one of the content."""
-    if _plain(x, pos, *weights, bias):
-        qk, v = F.linear(x, torch.cat(tuple(weights[:3])), bias).split((2 * x.shape[-1], x.shape[-1]), -1)
-        return torch.cat((torch.addmm(qk, pos, torch.cat(tuple(weights[3:])).t()), v), -1)
-    return _SelfAttentionProjection.apply(x, pos, bias, *weights)
+    if not _plain(x, pos, *weights, bias):
+        return _SelfAttentionProjection.apply(x, pos, bias, *weights)
+    if _traced():
+        content, position = _by_input(torch.cat(tuple(weights)))
+        qk, v = F.linear(x, content, bias).split((2 * x.shape[-1], x.shape[-1]), -1)
+        return torch.cat((torch.addmm(qk, pos, position.t()), v), -1)
+    return _project(x, pos, bias, weights)
 
 
 def ffn(
@@ -77,12 +80,25 @@ def ffn(
 
 def _plain(*tensors: Tensor) -> bool:
     """Whether the plain composition serves: no gradient is asked for, or a tracer sees to memory itself."""
-    return (
-        not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
-        or compiling()
-        or torch.jit.is_tracing()
-        or transformed()
-    )
+    return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)) or _traced()
+
+
+def _traced() -> bool:
+    return compiling() or torch.jit.is_tracing() or transformed()
+
+
+def _project(x: Tensor, pos: Tensor, bias: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """Of `self_attention_projection`, in place."""
+    content, position = _by_input(torch.cat(tuple(weights)))
+    qkv = F.linear(x, content, bias)
+    qkv[:, : 2 * x.shape[-1]].addmm_(pos.to(qkv.dtype), position.to(qkv.dtype).mT)
+    return qkv
+
+
+def _by_input(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the joined weights of `self_attention_projection`, those that read the content and the position."""
+    d = weights.shape[1]
+    return weights[: 3 * d], weights[3 * d :]
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -119,9 +135,7 @@ class _SelfAttentionProjection(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, pos: Tensor, bias: Tensor, *weights: Tensor) -> Tensor:
         ctx.save_for_backward(x, pos, *weights)
-        qkv = F.linear(x, torch.cat(weights[:3]), bias)
-        qkv[:, : 2 * x.shape[-1]].addmm_(pos.to(qkv.dtype), _join(weights[3:], qkv.dtype).mT)
-        return qkv
+        return _project(x, pos, bias, weights)
 
     @staticmethod
     @first_derivative_only
@@ -130,10 +144,10 @@ class _SelfAttentionProjection(torch.autograd.Function):
         d, dtype = x.shape[-1], d_qkv.dtype
         d_qk = d_qkv[:, : 2 * d]
         d_x = d_pos = None
-        if ctx.needs_input_grad[0]:
-            d_x = d_qkv @ _join(weights[:3], dtype)
-        if ctx.needs_input_grad[1]:
-            d_pos = d_qk @ _join(weights[3:], dtype)
+        if any(ctx.needs_input_grad[:2]):
+            content, position = _by_input(_join(weights, dtype))
+            d_x = d_qkv @ content if ctx.needs_input_grad[0] else None
+            d_pos = d_qk @ position if ctx.needs_input_grad[1] else None
         d_weights: list[Tensor | None] = [None] * 5
         if any(ctx.needs_input_grad[3:]):
             d_weights = [*(d_qkv.mT @ x.to(dtype)).split(d), *(d_qk.mT @ pos.to(dtype)).split(d)]

@@ -18,7 +18,7 @@ from dab_fast import ops
 from dab_fast._tracing import constant
 from dab_fast.config import Activation
 from dab_fast.ops.modulated_cross_attention import AttentionMask, attend, attention_mask
-from dab_fast.parts.dense import ffn, joint_linear, views_per_layer, weights_and_biases
+from dab_fast.parts.dense import ffn, views_per_layer, weights_and_biases
 from dab_fast.reference import Parameters, layer_norm, linear, split_last
 
 
@@ -140,14 +140,8 @@ def _products(params: Parameters, num_layers: int) -> list[_Products]:
 
 
 def _joint(named: Sequence[Parameters], names: Sequence[tuple[str, str]]) -> list[_Product]:
-    """Per layer, the product with the weights of these names; without gradients, those of all layers join at once."""
-
-    def of(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> _Product:
-        return lambda x: joint_linear(x, weights, biases)
-
+    """Per layer, the product with the weights of these names; those of all layers join at once."""
     found = [weights_and_biases(params, pair) for params, pair in zip(named, names, strict=True)]
-    if torch.is_grad_enabled():
-        return [of(weights, biases) for weights, biases in found]
     weight, bias = (torch.cat([x for pair in found for x in pair[i]]).chunk(len(names)) for i in range(2))
 
     def with_joined(w: Tensor, b: Tensor) -> _Product:

@@ -88,10 +88,10 @@ def attend(
     grad: bool,  # whether a gradient is wanted
 ) -> Tensor:  # [B, Q, H, d_v]
     """`reference.modulated_cross_attention` of tensors of one dtype, without dropout."""
-    if q_pos is not None and k_pos is not None:
-        q_content = torch.cat((q_content, q_pos), -1)
-        k_content = torch.cat((k_content, k_pos.expand(k_content.shape[0], -1, -1, -1)), -1)
     q, k, v = (x.transpose(1, 2) for x in (q_content, k_content, v))
+    if q_pos is not None and k_pos is not None:  # joined head by head, as every product wants them
+        k_pos = k_pos.transpose(1, 2).expand(k.shape[0], -1, -1, -1)
+        q, k = torch.cat((q, q_pos.transpose(1, 2)), -1), torch.cat((k, k_pos), -1)
     attended = (_Attention.apply if grad and not exporting() else _forward)(q, k, v, *mask, scale)
     return attended.transpose(1, 2)
 
@@ -122,8 +122,7 @@ def _forward(
         attended = _fused_on_cpu(q, k, v, visible, scale)
     else:
         with autocast_off(v):
-            wide_q, wide_k = at_least_float32(q) * scale, at_least_float32(k)
-            attended = _weights(wide_q, wide_k, hidden).to(v.dtype) @ v
+            attended = _weights(at_least_float32(q), at_least_float32(k), scale, hidden).to(v.dtype) @ v
     if blind is None:
         return attended
     return torch.where(blind, v.mean(-2, keepdim=True), attended) if mean else attended.masked_fill(blind, 0)
@@ -208,12 +207,13 @@ def _blocks(b: int, h: int, scores: int, device_type: str) -> list[tuple[slice, 
 
 
 def _weights(
-    q: Tensor,  # [B, H, Q, d], scaled
+    q: Tensor,  # [B, H, Q, d]
     k: Tensor,  # [B, H, S, d]
+    scale: float,
     hidden: Tensor | None,  # bool, broadcastable to [B, H, Q, S]
 ) -> Tensor:  # [B, H, Q, S]
     """The softmax; even where every key is hidden."""
-    logits = q @ k.transpose(-1, -2)
+    logits = _scaled(q, k.mT, scale)
     if hidden is not None:
         logits.masked_fill_(hidden, torch.finfo(logits.dtype).min)
     return torch.softmax(logits, -1)
@@ -232,8 +232,8 @@ def _backward(
     need_q, need_k, need_v = needs
     # Heads are strided, and every product would copy them again.
     d_out, k, v = d_out.contiguous(), k.contiguous(), v.contiguous()
-    wide_q, wide_k = at_least_float32(q.contiguous()) * scale, at_least_float32(k)
-    weights = _weights(wide_q, wide_k, hidden)
+    wide_q, wide_k = at_least_float32(q.contiguous()), at_least_float32(k)
+    weights = _weights(wide_q, wide_k, scale, hidden)
     if hidden is not None and not mean:
         weights.masked_fill_(hidden, 0)
     d_v = weights.to(v.dtype).mT @ d_out if need_v else None
@@ -241,6 +241,13 @@ def _backward(
         return None, None, d_v
     d_weights = (d_out @ v.mT).to(weights.dtype)
     d_logits = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype)
-    d_q = ((d_logits @ wide_k) * scale).to(q.dtype) if need_q else None
-    d_k = (d_logits.mT @ wide_q).to(k.dtype) if need_k else None
+    d_q = _scaled(d_logits, wide_k, scale).to(q.dtype) if need_q else None
+    d_k = _scaled(d_logits.mT, wide_q, scale).to(k.dtype) if need_k else None
     return d_q, d_k, d_v
+
+
+def _scaled(a: Tensor, b: Tensor, scale: float) -> Tensor:  # [B, H, n, m], [B, H, m, l]; [B, H, n, l]
+    """scale * (a @ b) in one call."""
+    a_, b_ = a.flatten(0, 1), b.flatten(0, 1)
+    nothing = a_.new_empty(1)  # not read
+    return torch.baddbmm(nothing, a_, b_, beta=0, alpha=scale).unflatten(0, a.shape[:2])
