@@ -45,9 +45,7 @@ from dab_fast.reference import (
 
 _SELF_CONTENT = ("sa_qcontent", "sa_kcontent", "sa_v")
 _SELF_POS = ("sa_qpos", "sa_kpos")
-_FROM_CONTENT = ("query_scale.layers.0", "ref_anchor_head.layers.0")
-_CONTENT_HEADS = "content_heads"  # those two in one
-_SHARED = ("query_scale.layers.", "ref_anchor_head.", "ref_point_head.")
+_CONTENT_HEADS = "content_heads"  # the first layers of `query_scale` and `ref_anchor_head`, in one
 
 
 def decode(
@@ -262,16 +260,16 @@ class _Layers:
 
 
 def _views_per_layer(params: Parameters, num_layers: int) -> list[Parameters]:
-    """Per layer, the weights that the layers share; from the second, what two MLPs read the content by in one."""
-    shared = {name: x for name, x in params.items() if name.startswith(_SHARED)}
-    first: dict[str, Tensor] = {}
-    if num_layers > 1 and all(f"{head}.weight" in shared for head in _FROM_CONTENT):
-        for kind in ("weight", "bias"):
-            names = [f"{head}.{kind}" for head in _FROM_CONTENT]
-            first |= {name: shared.pop(name) for name in names}
-            shared[f"{_CONTENT_HEADS}.{kind}"] = torch.cat([first[name] for name in names])
-    views = views_per_layer(shared, num_layers)
-    views[0] = {**views[0], **first}
+    """Per layer, the weights that the layers share; the first reads no scale from the content, the others read scale
+    and size by one product."""
+    every = {name: x for name, x in params.items() if name.startswith(("ref_anchor_head.", "ref_point_head."))}
+    later = {name: x for name, x in params.items() if name.startswith("query_scale.layers.")}
+    first = {name: x for name, x in every.items() if later and name.startswith("ref_anchor_head.layers.0.")}
+    for name in first:
+        kind = name.rpartition(".")[2]
+        later[f"{_CONTENT_HEADS}.{kind}"] = torch.cat((later.pop(f"query_scale.layers.0.{kind}"), every.pop(name)))
+    others = [first, *views_per_layer(later, num_layers - 1)]
+    views: list[Parameters] = [{**a, **b} for a, b in zip(views_per_layer(every, num_layers), others, strict=True)]
     if "query_scale.weight" in params:  # a row per layer
         views = [{**view, "query_scale.weight": params["query_scale.weight"]} for view in views]
     return views
@@ -297,9 +295,10 @@ def _project_pos(
     if spatial_shape is None:
         return joint_linear(pos, weights, biases)
     weight, bias = torch.cat(weights), torch.cat(biases)
+    of_y, of_x = weight.chunk(2, 1)
     h, w = spatial_shape
     half = pos.shape[-1] // 2
     grid = pos[:1].view(1, h, w, pos.shape[-1])
-    rows = F.linear(grid[:, :, :1, :half], weight[:, :half], bias)  # [1, h, 1, N]
-    columns = F.linear(grid[:, :1, :, half:], weight[:, half:])  # [1, 1, w, N]
+    rows = F.linear(grid[:, :, :1, :half], of_y, bias)  # [1, h, 1, N]
+    columns = F.linear(grid[:, :1, :, half:], of_x)  # [1, 1, w, N]
     return (rows + columns).flatten(1, 2)

@@ -74,10 +74,10 @@ def _focal(logits: Tensor, objects: Objects, matches: Matches, alpha: float) -> 
             .view(logits.shape)
         )
 
-    weight = (alpha - 1, -alpha) if alpha >= 0 else (-1, -1)
+    weight = (1 - alpha, alpha) if alpha >= 0 else (1, 1)
     z = logits * marked(1, -1)
-    # -logsigmoid(-z) is softplus(z), exact where z is large, too.
-    return (z.sigmoid() ** 2 * F.logsigmoid(-z) * marked(*weight)).sum((1, 2, 3))
+    # Above the threshold softplus(z) is z; at 40 that is right to the last bit of float64.
+    return (z.sigmoid() ** 2 * F.softplus(z, threshold=40) * marked(*weight)).sum((1, 2, 3))
 
 
 @torch.no_grad()

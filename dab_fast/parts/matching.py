@@ -134,7 +134,7 @@ def giou(
 
 
 def _corners(boxes: Tensor) -> tuple[Tensor, Tensor]:
-    center, size = boxes[..., :2], boxes[..., 2:]
+    center, size = boxes.split(2, -1)
     return torch.sub(center, size, alpha=0.5), torch.add(center, size, alpha=0.5)
 
 
