@@ -39,7 +39,8 @@ def split_last(x: Tensor, *sizes: int) -> Tensor:
 
 def inverse_sigmoid(x: Tensor, eps: float) -> Tensor:
     """log(x / (1 - x)) with x in [0, 1], numerator and denominator kept at least `eps` separately."""
-    return torch.log(x.clamp(eps, 1) / (1 - x).clamp(eps, 1))
+    x = x.clamp(0, 1)
+    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
 
 
 def sine_embed(
