@@ -52,7 +52,8 @@ def of_huggingface(logits, boxes, targets, settings=None, *, fast):
     given = [{"class_labels": x["labels"], "boxes": x["boxes"]} for x in targets]
     last = logits[-1]
     if fast:
-        return huggingface.loss(huggingface.ORIGINAL, last, given, boxes, settings, logits)
+        of_layers = logits if settings.auxiliary_loss else logits[-1:]
+        return huggingface.loss(huggingface.ORIGINAL, of_layers, given, boxes, settings)
     return huggingface.ORIGINAL(last, given, last.device, boxes[-1], settings, logits, boxes)
 
 

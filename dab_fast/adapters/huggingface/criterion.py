@@ -24,13 +24,13 @@ _MATCHER_ALPHA = 0.25  # whatever `config.focal_alpha` is
 _LOSSES = ("loss_ce", "loss_bbox", "loss_giou", "cardinality_error")  # in the order of their dictionary
 
 
+@torch.compiler.disable  # one break of the graph, where tracing the original's loss makes a dozen
 def loss(
     function: Any,  # the model's `loss_function`
-    logits: Tensor,  # [B, Q, C] of the last layer
+    logits: Tensor,  # [L, B, Q, C], or [1, B, Q, C] without auxiliary losses
     labels: list[dict[str, Tensor]],
     boxes: Tensor,  # [L, B, Q, 4]
     config: Any,
-    classes: Tensor | None,  # [L, B, Q, C], or None without auxiliary losses
 ) -> tuple[Tensor, dict[str, Tensor], list[dict[str, Tensor]] | None]:
     """What `function` returns: the weighted sum, the losses by name, and the auxiliary outputs.
 
@@ -44,12 +44,8 @@ def loss(
     if (patched := _patched()) is not None:
         raise StepAside(f"{patched} is patched")
     auxiliary = bool(config.auxiliary_loss)
-    if auxiliary and classes is not None and len(classes) == len(boxes) == config.decoder_layers:
-        logits = torch.cat((classes[:-1], logits[None]))
-    elif auxiliary:
+    if auxiliary and not len(logits) == len(boxes) == config.decoder_layers:
         raise StepAside(f"config.decoder_layers is {config.decoder_layers}, and there are {len(boxes)} layers")
-    else:
-        logits = logits[None]
     if logits.shape[-1] != config.num_labels:
         raise StepAside(f"there are {logits.shape[-1]} classes, and config.num_labels is {config.num_labels}")
     if not (config.class_cost or config.bbox_cost or config.giou_cost):
@@ -66,7 +62,7 @@ def loss(
     counts = criterion.cardinality_error(logits, objects, rules)
     named = dict(zip(_LOSSES, (*criterion.apart(found), *criterion.apart(counts[None])), strict=True))
     suffixes = ("", *(f"_{layer}" for layer in range(len(logits) - 1)))
-    outputs: Any = vars(theirs)["_set_aux_loss"](classes, boxes) if auxiliary else None
+    outputs: Any = vars(theirs)["_set_aux_loss"](logits, boxes) if auxiliary else None
     return total, {name + suffix: x[i - 1] for i, suffix in enumerate(suffixes) for name, x in named.items()}, outputs
 
 

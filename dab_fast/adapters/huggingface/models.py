@@ -297,14 +297,23 @@ class DabDetrForObjectDetection(Known, original.DabDetrForObjectDetection):
             return super().forward(pixel_values, pixel_mask, labels=labels, return_dict=return_dict, **inputs, **kwargs)
         outputs = self.model(pixel_values, pixel_mask=pixel_mask, return_dict=True, **inputs)
         hidden_states, reference_points = outputs.intermediate_hidden_states, outputs.reference_points
-        logits = self.class_embed(hidden_states[-1])
+        classes: Any = self.class_embed(hidden_states) if labels is not None and self.config.auxiliary_loss else None
+        once = classes is not None and type(self.class_embed) is nn.Linear and is_unhooked(self.class_embed)
+        logits = classes[-1] if once else self.class_embed(hidden_states[-1])
         needed = slice(-1 if labels is None else None, None)  # layers
         boxes = predict_boxes(params, hidden_states[needed], reference_points[needed], eps=INVERSE_SIGMOID_EPS)
 
         loss = loss_dict = auxiliary_outputs = None
         if labels is not None:
-            classes = self.class_embed(hidden_states) if self.config.auxiliary_loss else None
-            loss, loss_dict, auxiliary_outputs = self._dab_fast_loss(logits, labels, boxes, classes)
+            losses = None
+            if "criterion" in self.dab_fast_parts:
+                if not once:
+                    classes = None if classes is None else torch.cat((classes[:-1], logits[None]))
+                of_layers = logits[None] if classes is None else classes
+                losses = self._dab_fast_losses(of_layers, labels, boxes)
+            if losses is None:
+                losses = self.loss_function(logits, labels, self.device, boxes[-1], self.config, classes, boxes)
+            loss, loss_dict, auxiliary_outputs = losses
         return original.DabDetrObjectDetectionOutput(
             loss=loss,
             loss_dict=loss_dict,
@@ -326,15 +335,13 @@ class DabDetrForObjectDetection(Known, original.DabDetrForObjectDetection):
             },
         )
 
-    def _dab_fast_loss(self, logits: Tensor, labels: Any, boxes: Tensor, classes: Tensor | None) -> Any:
-        """As `criterion.loss`; what is not to be fast, or cannot be, is their `loss_function`'s."""
-        function: Any = self.loss_function
-        if "criterion" in self.dab_fast_parts:
-            try:
-                return criterion.loss(function, logits, labels, boxes, self.config, classes)
-            except StepAside as reason:
-                self.dab_fast_step_aside(reason)
-        return function(logits, labels, self.device, boxes[-1], self.config, classes, boxes)
+    def _dab_fast_losses(self, logits: Tensor, labels: Any, boxes: Tensor) -> Any:
+        """As `criterion.loss`; None where their `loss_function` is not to be fast, or cannot be."""
+        try:
+            return criterion.loss(self.loss_function, logits, labels, boxes, self.config)
+        except StepAside as reason:
+            self.dab_fast_step_aside(reason)
+            return None
 
 
 FAST_CLASSES: dict[type[nn.Module], type[Fast]] = {
