@@ -59,13 +59,14 @@ def accelerate(model: nn.Module, *, parts: Collection[str] = PARTS, recompute: b
     and `torch.func` run in plain PyTorch.
 
     Args:
-        model: a Hugging Face `DabDetrForObjectDetection`, `DabDetrModel` or `DabDetrDecoder`, a `TransformerDecoder`
-            of IDEA-Research/DAB-DETR or DN-DETR, a model whose forward has their box head, their `SetCriterion`, or
-            any module with one inside. What torch.compile returned is one, and compiles anew at its next call; what
-            torch.jit or torch.export made of a module is none.
-        parts: which parts of the model, of "backbone", "encoder", "decoder", "head" and "criterion"; the
-            backbone and the encoder of Hugging Face alone. Hugging Face's head calls its criterion, which is fast only
-            where the head is. When a model is accelerated again, the last call's `parts` and `recompute` hold.
+        model: a Hugging Face `DabDetrForObjectDetection`, `DabDetrModel` or `DabDetrDecoder`; of
+            IDEA-Research/DAB-DETR or DN-DETR a model whose forward has their box head, a `TransformerEncoder` or
+            `TransformerDecoder`, a `SetCriterion`, a ResNet in torchvision's `IntermediateLayerGetter`; or any module
+            with one inside. What torch.compile returned is one, and compiles anew at its next call; what torch.jit or
+            torch.export made of a module is none.
+        parts: which parts of the model, of "backbone", "encoder", "decoder", "head" and "criterion". Hugging Face's
+            head calls its criterion, which is fast only where the head is. When a model is accelerated again, the last
+            call's `parts` and `recompute` hold.
         recompute: in training keep only the decoder layers' inputs for backward, and compute the layers again there:
             less memory for more time. A Hugging Face decoder whose layers have `gradient_checkpointing` set is
             recomputed without it (transformers 5.23 itself refuses `gradient_checkpointing_enable()` for DAB-DETR).

@@ -58,8 +58,8 @@ def gather(
         if keys is None and kind not in PARAMETERLESS and not containers(module):
             raise StepAside(f"{name} is a {kind.__module__}.{kind.__qualname__}")
         check_unhooked(name, module)
+        todo += [(f"{name}.{key}", child) for key, child in module._modules.items() if child is not None]
         if keys is None:
-            todo += [(f"{name}.{key}", child) for key, child in module._modules.items() if child is not None]
             continue
         canonical = rename(name)
         for key in keys:

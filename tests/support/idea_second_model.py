@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from tests.support import idea_second_writing as second
+from tests.support.idea_encoder import TransformerEncoder, TransformerEncoderLayer
 
 
 class Bottleneck(nn.Module):
@@ -36,31 +37,6 @@ class ResNet(nn.Module):
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
 
-class EncoderLayer(nn.Module):
-    def __init__(self, d, heads, width):
-        super().__init__()
-        self.self_attn = nn.MultiheadAttention(d, heads)
-        self.linear1, self.linear2 = nn.Linear(d, width), nn.Linear(width, d)
-        self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
-        self.activation = nn.PReLU()
-
-    def forward(self, x, pos):
-        x = self.norm1(x + self.self_attn(x + pos, x + pos, x, need_weights=False)[0])
-        return self.norm2(x + self.linear2(self.activation(self.linear1(x))))
-
-
-class Encoder(nn.Module):
-    def __init__(self, d, heads, width, num_layers):
-        super().__init__()
-        self.layers = nn.ModuleList([EncoderLayer(d, heads, width) for _ in range(num_layers)])
-        self.query_scale = second.ReluMLP(d, d, d)
-
-    def forward(self, x, pos):
-        for layer in self.layers:
-            x = layer(x, pos * self.query_scale(x))
-        return x
-
-
 class Model(nn.Module):
     """`label_classes`: DN-DETR's label embedding makes the content. Else `patterns` do, or it is zero."""
 
@@ -70,7 +46,7 @@ class Model(nn.Module):
         self.backbone[0].body = ResNet()
         self.input_proj = nn.Conv2d(16, d, 1)
         self.transformer = nn.Module()
-        self.transformer.encoder = Encoder(d, heads, width, 1)
+        self.transformer.encoder = TransformerEncoder(TransformerEncoderLayer(d, heads, width), 1, d_model=d)
         self.transformer.decoder = second.TransformerDecoder(
             second.TransformerDecoderLayer(d, heads, width, 0.0, "prelu"), 3, d, 4
         )
@@ -85,7 +61,7 @@ class Model(nn.Module):
     def forward(self, pixels, pos):
         """Logits and boxes of the last layer; `pos` [S, B, D] is the sine embedding of the feature map's cells."""
         memory = self.input_proj(self.backbone[0].body(pixels)).flatten(2).permute(2, 0, 1)
-        memory = self.transformer.encoder(memory, pos)
+        memory = self.transformer.encoder(memory, pos=pos)
         batch, (queries, _) = memory.shape[1], self.refpoint_embed.weight.shape
         contents = torch.zeros(1, memory.shape[-1])
         if hasattr(self.transformer, "patterns"):

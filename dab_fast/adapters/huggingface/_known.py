@@ -63,6 +63,11 @@ class Known(Fast):
         return super().dab_fast_why_not(module)
 
 
+def asked(config: Any, **options: Any) -> list[Any]:
+    """The options of a call in their order: one that is None is the config's."""
+    return [getattr(config, name) if x is None else x for name, x in options.items()]
+
+
 def activation(module: nn.Module) -> Activation:
     names: dict[type, Activation] = {
         nn.PReLU: "prelu",

@@ -13,7 +13,7 @@ from transformers.models.dab_detr import modeling_dab_detr as original
 from dab_fast.adapters._fast import UNREADABLE, DropoutRates, FastPart, same
 from dab_fast.adapters._probe import Probe, Randn, check_parameters, itself
 from dab_fast.adapters.huggingface import canonical_encoder_name
-from dab_fast.adapters.huggingface._known import Known, activation, is_all_valid
+from dab_fast.adapters.huggingface._known import Known, activation, asked, is_all_valid
 from dab_fast.parameters import StepAside, gather
 from dab_fast.parts.encoder import EncoderConfig, encode, parameter_shapes
 
@@ -54,10 +54,12 @@ class DabDetrEncoder(Known, FastPart, original.DabDetrEncoder):
         **kwargs: Any,
     ) -> Any:
         """The original's arguments and results."""
-        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        return_dict = self.config.return_dict if return_dict is None else return_dict
+        output_attentions, output_hidden_states, return_dict = asked(
+            self.config,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=return_dict,
+        )
         try:
             if output_attentions:
                 raise StepAside("output_attentions: the fast attention has no score matrix")

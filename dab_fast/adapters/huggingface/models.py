@@ -18,7 +18,15 @@ from dab_fast import reference
 from dab_fast.adapters._fast import UNREADABLE, DropoutRates, Fast, FastPart, same
 from dab_fast.adapters._probe import probe
 from dab_fast.adapters.huggingface import INVERSE_SIGMOID_EPS, canonical_name, criterion
-from dab_fast.adapters.huggingface._known import Known, activation, is_all_valid, is_known, is_theirs, is_unhooked
+from dab_fast.adapters.huggingface._known import (
+    Known,
+    activation,
+    asked,
+    is_all_valid,
+    is_known,
+    is_theirs,
+    is_unhooked,
+)
 from dab_fast.adapters.huggingface.backbone import DabDetrConvEncoder
 from dab_fast.adapters.huggingface.encoder import DabDetrEncoder
 from dab_fast.config import DecoderConfig
@@ -74,10 +82,12 @@ class DabDetrDecoder(Known, FastPart, original.DabDetrDecoder):
         **kwargs: Any,
     ) -> Any:
         """The original's arguments and results; `spatial_shape` is the fast model's."""
-        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        return_dict = self.config.return_dict if return_dict is None else return_dict
+        output_attentions, output_hidden_states, return_dict = asked(
+            self.config,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=return_dict,
+        )
         try:
             if output_attentions:
                 raise StepAside("output_attentions: the fast attention has no score matrix")
@@ -288,7 +298,7 @@ class DabDetrForObjectDetection(Known, original.DabDetrForObjectDetection):
             "output_hidden_states": output_hidden_states,
         }
         try:
-            if not (self.config.return_dict if return_dict is None else return_dict):
+            if not all(asked(self.config, return_dict=return_dict)):
                 raise StepAside("return_dict=False")
             _check_unpatched(original.DabDetrForObjectDetection)
             params = _box_head(self)
@@ -393,9 +403,10 @@ def _box_head(model: Any) -> dict[str, Tensor]:
 
 def _check_served(model: Any, encoder_outputs: Any, output_attentions: bool | None, return_dict: bool | None) -> None:
     """Raise StepAside where the fast model cannot serve a call."""
-    if not (model.config.return_dict if return_dict is None else return_dict):
+    output_attentions, return_dict = asked(model.config, output_attentions=output_attentions, return_dict=return_dict)
+    if not return_dict:
         raise StepAside("return_dict=False")
-    if output_attentions or (output_attentions is None and model.config.output_attentions):
+    if output_attentions:
         raise StepAside("output_attentions: the fast attention has no score matrix")
     if encoder_outputs is not None:
         raise StepAside("encoder_outputs is given")

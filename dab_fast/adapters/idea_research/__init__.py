@@ -13,7 +13,10 @@ from torch import nn
 
 from dab_fast.adapters._fast import Fast
 from dab_fast.adapters.idea_research import criterion, head
-from dab_fast.adapters.idea_research.models import INVERSE_SIGMOID_EPS, fast_subclass
+from dab_fast.adapters.idea_research._recognised import fast_subclass
+from dab_fast.adapters.idea_research.backbone import FastBody, looks_like_body
+from dab_fast.adapters.idea_research.encoder import FastTransformerEncoder, looks_like_encoder
+from dab_fast.adapters.idea_research.models import INVERSE_SIGMOID_EPS, FastTransformerDecoder
 
 __all__ = ["INVERSE_SIGMOID_EPS", "fast_class", "looks_like_decoder"]
 
@@ -27,7 +30,14 @@ def fast_class(module: nn.Module) -> type[Fast] | None:
         return criterion.fast_subclass(kind)
     if head.looks_like_model(module):
         return head.fast_subclass(kind)
-    return fast_subclass(kind) if looks_like_decoder(module) else None
+    for looks_like, mixin in (
+        (looks_like_body, FastBody),
+        (looks_like_encoder, FastTransformerEncoder),
+        (looks_like_decoder, FastTransformerDecoder),
+    ):
+        if looks_like(module):
+            return fast_subclass(mixin, kind)
+    return None
 
 
 def looks_like_decoder(module: nn.Module) -> bool:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import dis
-import functools
 from collections.abc import Hashable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +13,7 @@ from dab_fast import reference
 from dab_fast._tracing import apart, compiling
 from dab_fast.adapters._fast import UNREADABLE, DropoutRates, FastPart, same
 from dab_fast.adapters._probe import probe, seeded_randn
+from dab_fast.adapters.idea_research._recognised import Recognised
 from dab_fast.config import Activation, DecoderConfig
 from dab_fast.decoder import decode
 from dab_fast.parameters import StepAside, gather
@@ -52,7 +51,7 @@ def read(decoder: nn.Module) -> tuple[dict[str, Tensor], DecoderConfig]:
             modulate_hw_attn=bool(theirs.modulate_hw_attn),
             keep_query_pos=same("keep_query_pos", {bool(layer.keep_query_pos) for layer in layers}),
             bbox_embed=_bbox_embed(decoder),
-            activation=same("activations", {_activation(layer.activation) for layer in layers}),
+            activation=same("activations", {activation_name(layer.activation) for layer in layers}),
             inverse_sigmoid_eps=INVERSE_SIGMOID_EPS,
             **rates._asdict(),
         )
@@ -98,13 +97,11 @@ def original_forward(
     return list(output)
 
 
-class FastTransformerDecoder(FastPart):
+class FastTransformerDecoder(Recognised):
     """Mixed into a subclass of the user's own `TransformerDecoder`."""
 
     dab_fast_serves = ("decoder",)
     dab_fast_reads = frozenset(("dropout", "p"))
-    dab_fast_names: ClassVar[tuple[str, ...]]  # of the arguments of the original's forward, in its order
-    dab_fast_unread: ClassVar[frozenset[str]]  # those that it takes and never reads
 
     @staticmethod
     def dab_fast_read(module: Any) -> tuple[dict[str, Tensor], DecoderConfig]:
@@ -114,41 +111,15 @@ class FastTransformerDecoder(FastPart):
     def dab_fast_probe(module: Any, tensors: dict[str, Tensor], reading: DecoderConfig) -> None:
         probe(module, tensors, reading, original_forward, read, tgt_mask=True)
 
-    @classmethod
-    def dab_fast_why_not(cls, module: nn.Module) -> str | None:
-        """A structure alone says little: what cannot be read or probed now is left as it is."""
-        if any(kind.__module__.startswith("dab_fast.") for kind in type(module).__mro__):
-            return f"{type(module).__qualname__} is fast already"
-        try:
-            if "forward" in vars(module):
-                raise StepAside("its forward is patched")
-            cls.dab_fast_probe(module, *read(module))
-        except StepAside as reason:
-            return f"{type(module).__module__}.{type(module).__qualname__}: {reason}"
-        return None
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original's arguments and results."""
         try:
-            given = self._arguments(args, kwargs)
+            given = self.dab_fast_given(args, kwargs, _ARGUMENTS, _NEEDED)
             _check_masks(self, *given[:6])
             return run(self, *given)
         except StepAside as reason:
             self.dab_fast_step_aside(reason)
             return super().forward(*args, **kwargs)
-
-    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        """Those of `run`, in its order, by the names that the user's own forward has for them."""
-        if len(args) > len(self.dab_fast_names):
-            raise StepAside(f"its forward takes {len(args)} arguments by position, whose names are unknown")
-        given = dict(zip(self.dab_fast_names, args, strict=False)) | kwargs
-        if unknown := [name for name in given if name not in _ARGUMENTS and name not in self.dab_fast_unread]:
-            raise StepAside(f"the original takes no {', '.join(unknown)}")
-        found = [given.get(name) for name in _ARGUMENTS]
-        for name in ("tgt", "memory", "pos", "refpoints_unsigmoid"):
-            if given.get(name) is None:
-                raise StepAside(f"{name} is None")
-        return found
 
 
 _ARGUMENTS = (
@@ -161,14 +132,7 @@ _ARGUMENTS = (
     "pos",
     "refpoints_unsigmoid",
 )
-
-
-def _signature(forward: Any) -> tuple[tuple[str, ...], frozenset[str]]:
-    """The names of the arguments of a forward, and those that it takes and never reads."""
-    code = forward.__code__
-    names = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
-    read = {instruction.argval for instruction in dis.get_instructions(code) if "LOAD" in instruction.opname}
-    return names[: code.co_argcount - 1], frozenset(names) - read
+_NEEDED = ("tgt", "memory", "pos", "refpoints_unsigmoid")
 
 
 def _check_masks(
@@ -199,18 +163,6 @@ def _check_masks(
             raise StepAside(f"{name} has shape {list(mask.shape)}, not {list(shape)}")
 
 
-@functools.cache
-def fast_subclass(original: type[nn.Module]) -> type[FastPart]:
-    names, unread = _signature(original.forward)
-    body = {
-        "dab_fast_original": original,
-        "dab_fast_names": names,
-        "dab_fast_unread": unread,
-        "__doc__": f"{original.__module__}.{original.__qualname__} with the forward of dab_fast.",
-    }
-    return type(original.__name__, (FastTransformerDecoder, original), body)
-
-
 def is_relu_mlp(module: nn.Module) -> bool:
     """Whether `module` is, whatever its class, linear layers in `layers` with a relu between."""
     layers = module._modules.get("layers")
@@ -220,8 +172,7 @@ def is_relu_mlp(module: nn.Module) -> bool:
         return False
     if compiling():
         return True
-    settings = frozenset((name, _hashable(x)) for name, x in vars(module).items() if not name.startswith("_"))
-    key = (type(module), type(module).forward, settings, len(layers))  # `training` is one of the settings
+    key = (type(module), type(module).forward, hashable_settings(module), len(layers))
     if key not in _IS_RELU_MLP:
         _IS_RELU_MLP[key] = computes_relu_mlp(module)
     return _IS_RELU_MLP[key]
@@ -231,8 +182,11 @@ def is_relu_mlp(module: nn.Module) -> bool:
 _IS_RELU_MLP: dict[Any, bool] = {}
 
 
-def _hashable(x: Any) -> Any:
-    return x if isinstance(x, Hashable) else id(x)
+def hashable_settings(module: nn.Module) -> frozenset[tuple[str, Any]]:
+    """The attributes of a module beside what torch keeps there; `training` is one of them."""
+    return frozenset(
+        (name, x if isinstance(x, Hashable) else id(x)) for name, x in vars(module).items() if not name.startswith("_")
+    )
 
 
 def computes_relu_mlp(module: nn.Module) -> bool:
@@ -271,17 +225,20 @@ def _numbers_of_heads(layer: Any) -> set[int]:
 def _dropout_rates(layers: Any) -> DropoutRates:
     """The rates in force: none where a module that drops is not in training."""
     return DropoutRates(
-        same("dropout rates", {_rate(d, d.p) for x in layers for d in (x.dropout1, x.dropout2, x.dropout3)}),
-        same("attention dropout rates", {_rate(a, a.dropout) for x in layers for a in (x.self_attn, x.cross_attn)}),
-        same("FFN dropout rates", {_rate(x.dropout, x.dropout.p) for x in layers}),
+        same("dropout rates", {rate_in_force(d, d.p) for x in layers for d in (x.dropout1, x.dropout2, x.dropout3)}),
+        same(
+            "attention dropout rates",
+            {rate_in_force(a, a.dropout) for x in layers for a in (x.self_attn, x.cross_attn)},
+        ),
+        same("FFN dropout rates", {rate_in_force(x.dropout, x.dropout.p) for x in layers}),
     )
 
 
-def _rate(module: Any, rate: float) -> float:
+def rate_in_force(module: Any, rate: float) -> float:
     return rate if module.training else 0.0
 
 
-def _activation(activation: Any) -> Activation:
+def activation_name(activation: Any) -> Activation:
     if type(activation) is nn.PReLU:
         return "prelu"
     if activation not in _ACTIVATIONS:
