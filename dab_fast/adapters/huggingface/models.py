@@ -307,9 +307,12 @@ class DabDetrForObjectDetection(Known, original.DabDetrForObjectDetection):
             return super().forward(pixel_values, pixel_mask, labels=labels, return_dict=return_dict, **inputs, **kwargs)
         outputs = self.model(pixel_values, pixel_mask=pixel_mask, return_dict=True, **inputs)
         hidden_states, reference_points = outputs.intermediate_hidden_states, outputs.reference_points
-        classes: Any = self.class_embed(hidden_states) if labels is not None and self.config.auxiliary_loss else None
-        once = classes is not None and type(self.class_embed) is nn.Linear and is_unhooked(self.class_embed)
+        auxiliary = labels is not None and self.config.auxiliary_loss
+        once = auxiliary and type(self.class_embed) is nn.Linear and is_unhooked(self.class_embed)
+        classes: Any = self.class_embed(hidden_states) if once else None
         logits = classes[-1] if once else self.class_embed(hidden_states[-1])
+        if auxiliary and not once:
+            classes = self.class_embed(hidden_states)
         needed = slice(-1 if labels is None else None, None)  # layers
         boxes = predict_boxes(params, hidden_states[needed], reference_points[needed], eps=INVERSE_SIGMOID_EPS)
 
@@ -317,9 +320,9 @@ class DabDetrForObjectDetection(Known, original.DabDetrForObjectDetection):
         if labels is not None:
             losses = None
             if "criterion" in self.dab_fast_parts:
+                of_layers = classes
                 if not once:
-                    classes = None if classes is None else torch.cat((classes[:-1], logits[None]))
-                of_layers = logits[None] if classes is None else classes
+                    of_layers = torch.cat((classes[:-1], logits[None])) if auxiliary else logits[None]
                 losses = self._dab_fast_losses(of_layers, labels, boxes)
             if losses is None:
                 losses = self.loss_function(logits, labels, self.device, boxes[-1], self.config, classes, boxes)
