@@ -227,6 +227,34 @@ def test_accelerate_draws_no_random_numbers():
     torch.testing.assert_close(torch.rand(3), expected, rtol=0, atol=0)
 
 
+class Overridable(second.TransformerDecoder):
+    """The repository's attention tells function modes of itself, and forgets an argument on the way."""
+
+    def forward(self, *args, **kwargs):
+        if torch.overrides.has_torch_function((self.norm.weight,)):
+            raise TypeError("unsupported operand type(s) for //: 'NoneType' and 'int'")
+        return super().forward(*args, **kwargs)
+
+
+def test_the_probe_is_no_function_mode():
+    decoder = oracle()
+    decoder.__class__ = Overridable
+    assert list(dab_fast.accelerate(decoder).replaced) == [""]
+
+
+def test_a_default_device_does_not_keep_a_decoder_from_being_probed():
+    torch.set_default_device("meta")
+    try:
+        assert list(dab_fast.accelerate(oracle_on_the_cpu()).replaced) == [""]
+    finally:
+        torch.set_default_device(None)
+
+
+def oracle_on_the_cpu():
+    with torch.device("cpu"):
+        return oracle()
+
+
 def test_accelerate_reads_zeroed_box_layers_and_eval_of_a_training_model():
     """A fresh model's last box layer is zero: the probe must still see it, and leave mode and weights alone."""
     decoder = oracle(dropout=0.1).train()

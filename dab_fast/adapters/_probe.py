@@ -186,7 +186,8 @@ def neutral() -> Iterator[None]:
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
-            torch.device("cpu"),
+            # Only where it is another: it is a function mode, with which IDEA-Research's attention loses an argument.
+            contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"),
             torch.autocast("cpu", enabled=False),
         ):
             yield
