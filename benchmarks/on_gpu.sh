@@ -112,6 +112,8 @@ if wanted tests; then
     fi
 fi
 wanted model && bench "model" 90 "model"
+wanted model && stage "latency" 45 bash -c \
+    "'$python' -m benchmarks.latency --device '$device' --seconds 15 ${dry:+--tiny --calls 3} | tee -a '$summary'"
 wanted decoder && bench "decoder" 110 "decoder and not compile"
 wanted ops && bench "ops" 70 "(modulated or box_position or refine) and not compile"
 wanted ops && [ -z "$dry" ] && bench "start" 60 "test_start"

@@ -384,6 +384,20 @@ def test_pictures(tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == pictures
 
 
+def test_latency_counts_the_detections_that_differ():
+    from benchmarks import latency
+
+    found = latency.latencies(1, 0.0, torch.device("cpu"), tiny=True)
+    assert found["differing"] == 0
+    assert all(0 < t["p50"] <= t["p99"] for t in found["times"].values())
+    assert "0 of the 100 best detections differ" in latency.table(found)
+    theirs = {"scores": torch.tensor([0.9, 0.5]), "labels": torch.tensor([1, 2]), "boxes": torch.rand(2, 4)}
+    swapped = {name: x.flip(0) for name, x in theirs.items()}
+    assert latency.differing(theirs, swapped) == 0
+    for name, change in (("scores", 0.002), ("labels", 1), ("boxes", 0.06)):
+        assert latency.differing(theirs, swapped | {name: swapped[name] + change}) == 2
+
+
 def test_table_shows_the_newest_rows(tmp_path, capsys):
     from benchmarks import table
 
