@@ -112,8 +112,8 @@ if wanted tests; then
     fi
 fi
 wanted model && bench "model" 90 "model"
-wanted model && stage "latency" 45 bash -c \
-    "'$python' -m benchmarks.latency --device '$device' --seconds 15 ${dry:+--tiny --calls 3} | tee -a '$summary'"
+# shellcheck disable=SC2086
+wanted model && stage "latency" 45 "$python" -m benchmarks.latency --device "$device" --seconds 15 ${dry:+--tiny --calls 3}
 wanted decoder && bench "decoder" 110 "decoder and not compile"
 wanted ops && bench "ops" 70 "(modulated or box_position or refine) and not compile"
 wanted ops && [ -z "$dry" ] && bench "start" 60 "test_start"
@@ -147,7 +147,7 @@ rm -rf "$pictures"
 tail -c 4000000 "$log" >"$log.short" && mv "$log.short" "$log"
 
 say ""
-grep -hE '^(FAILED|ERROR|nothing is validated)|[0-9]+ (passed|failed)' "$log" | cut -c1-300 | head -n 40 | tee -a "$summary"
+grep -hE '^(FAILED|ERROR|nothing is validated|photo to objects|times as fast)|[0-9]+ (passed|failed)' "$log" | cut -c1-300 | head -n 40 | tee -a "$summary"
 timeout 30 "$python" -m benchmarks.table "$out" 2>>"$log" | tee -a "$summary"
 say "done after $((SECONDS - started)) s; files: $(cd "$out" && ls | tr '\n' ' ')"
 # In a dry run every stage must have worked; on a GPU the summary says what did.
