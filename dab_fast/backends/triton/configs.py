@@ -18,7 +18,9 @@ H100_SMS = 132
 WIDEST_HEAD = 64
 
 Arithmetic = Literal["half", "ieee"]  # of the dots; the last on fp32 operands
-AttentionKernel = Literal["forward", "query", "key"]  # the backward over query blocks, over key blocks
+AttentionKernel = Literal[
+    "forward", "query", "rows", "key"
+]  # the backward over query blocks, its sums, over key blocks
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,16 @@ _ATTENTION: dict[tuple[Arithmetic, AttentionKernel, int], AttentionConfig] = {
     ("half", "forward", 64): AttentionConfig(64, 32, 4, 3),
     ("half", "query", 32): AttentionConfig(64, 64, 4, 2),
     ("half", "query", 64): AttentionConfig(64, 32, 4, 2),
+    ("half", "rows", 32): AttentionConfig(32, 64, 4, 2),
+    ("half", "rows", 64): AttentionConfig(32, 64, 4, 2),
     ("half", "key", 32): AttentionConfig(32, 64, 4, 2),
     ("half", "key", 64): AttentionConfig(32, 64, 4, 2),
     ("ieee", "forward", 32): AttentionConfig(32, 32, 4, 2),
     ("ieee", "forward", 64): AttentionConfig(32, 32, 8, 2),
     ("ieee", "query", 32): AttentionConfig(32, 32, 4, 2),
     ("ieee", "query", 64): AttentionConfig(32, 32, 8, 2),
+    ("ieee", "rows", 32): AttentionConfig(32, 32, 8, 2),
+    ("ieee", "rows", 64): AttentionConfig(16, 32, 8, 2),
     ("ieee", "key", 32): AttentionConfig(32, 32, 4, 2, 128),
     ("ieee", "key", 64): AttentionConfig(32, 32, 8, 2, 128),
 }

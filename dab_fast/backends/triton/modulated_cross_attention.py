@@ -6,7 +6,11 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from dab_fast.backends.triton._attention_backward import backward_key_kernel, backward_query_kernel
+from dab_fast.backends.triton._attention_backward import (
+    backward_key_kernel,
+    backward_query_kernel,
+    backward_rows_kernel,
+)
 from dab_fast.backends.triton._attention_forward import combine_kernel, forward_kernel
 from dab_fast.backends.triton._cases import CompileCase
 from dab_fast.backends.triton._common import INTERPRET
@@ -197,11 +201,14 @@ def backward(
     if dk_pos is not None and dk_pos.shape[0] != B:
         dk_pos_images = dk_pos.new_empty(B, S, H, DP, dtype=torch.float32)
     d_out, out, stats = addressable(d_out), out.contiguous(), stats.contiguous()
-    delta = stats.new_empty(B, H, Q)
+    sharp = v.dtype == torch.float32
+    # For the second kernel: m and log2 l, which in half precision are the forward's, and D.
+    rows = stats.new_empty(3 if sharp else 1, B, H, Q)
     inputs, strides, mask_strides = kernel_inputs(q_content, q_pos, k_content, k_pos, v, key_padding_mask, attn_mask)
     arithmetic = dot_arithmetic(v.dtype)
     kind = arithmetic, max(D, DP, DV), attn_mask is not None or dropout_p > 0
     query_config = query_config or attention_config("query", *kind)
+    rows_config = key_config or attention_config("rows", *kind)
     key_config = key_config or attention_config("key", *kind)
     shapes = (
         *strides,
@@ -216,25 +223,37 @@ def backward(
         dropout_scale(dropout_p),
     )
     with on_device_of(v):
-        # Always: the second kernel needs D, too.
-        backward_query_kernel[(cdiv(Q, query_config.block_q) * B * H,)](
-            *inputs,
-            rng,
-            out,
-            stats,
-            d_out,
-            delta,
-            dq_content,
-            dq_pos,
-            *shapes,
-            **launch_options(D, DP, DV, arithmetic, query_config),
-        )
+        if not sharp or any(needs[:2]):  # in half precision the second kernel needs what it writes
+            backward_query_kernel[(cdiv(Q, query_config.block_q) * B * H,)](
+                *inputs,
+                rng,
+                out,
+                stats,
+                d_out,
+                None if sharp else rows,
+                dq_content,
+                dq_pos,
+                *shapes,
+                **launch_options(D, DP, DV, arithmetic, query_config),
+                SHARP=int(sharp),
+            )
         if any(needs[2:]):
+            if sharp:
+                backward_rows_kernel[(cdiv(Q, key_config.block_q) * B * H,)](
+                    *inputs,
+                    rng,
+                    out,
+                    stats,
+                    d_out,
+                    rows,
+                    *shapes,
+                    **launch_options(D, DP, DV, arithmetic, rows_config),
+                )
             backward_key_kernel[(cdiv(S, key_config.block_s) * B * H,)](
                 *inputs,
                 rng,
-                stats,
-                delta,
+                rows if sharp else stats,
+                rows[-1],
                 d_out,
                 dk_content,
                 dk_pos_images,
@@ -249,7 +268,12 @@ def backward(
 
 def compile_cases() -> list[CompileCase]:
     """Every row of the table of configurations: with each kind of mask, as cross-attention and as self-attention."""
-    kernels = {"forward": forward_kernel, "query": backward_query_kernel, "key": backward_key_kernel}
+    kernels: dict[AttentionKernel, Any] = {
+        "forward": forward_kernel,
+        "query": backward_query_kernel,
+        "rows": backward_rows_kernel,
+        "key": backward_key_kernel,
+    }
     variants: tuple[tuple[str, ...], ...] = (
         (),
         ("padding",),
@@ -259,10 +283,10 @@ def compile_cases() -> list[CompileCase]:
         ("padding", "hidden", "dropout"),
     )
     cases = []
-    for kernel, arithmetic, width, variant in product(
-        get_args(AttentionKernel), get_args(Arithmetic), (16, 32, 64), variants
-    ):
+    for kernel, arithmetic, width, variant in product(kernels, get_args(Arithmetic), (16, 32, 64), variants):
         if ("split" in variant and kernel != "forward") or (width == 16 and variant):
+            continue
+        if kernel == "rows" and arithmetic == "half":
             continue
         crowded = "hidden" in variant or "dropout" in variant
         element = "bf16" if arithmetic == "half" else "fp32"
@@ -271,8 +295,9 @@ def compile_cases() -> list[CompileCase]:
             **dict.fromkeys(("p_q_content", "p_k_content", "p_v", "p_d_out", "p_dq_content"), element),
             **dict.fromkeys(("p_dk_content", "p_dv"), element),
             **dict.fromkeys(("p_q_pos", "p_k_pos", "p_dq_pos"), pos),
-            **dict.fromkeys(("p_stats", "p_delta"), "fp32"),
-            "p_out": "fp32" if "split" in variant or kernel == "query" else element,
+            **dict.fromkeys(("p_stats", "p_rows"), "fp32"),
+            "p_delta": None if kernel == "query" and arithmetic == "ieee" else "fp32",
+            "p_out": "fp32" if "split" in variant or kernel in ("query", "rows") else element,
             "p_wide": "fp32" if arithmetic == "half" and "split" not in variant else None,
             "p_dk_pos": pos and "fp32",  # shared by the images
             "p_padding": "i1" if "padding" in variant else None,
@@ -288,7 +313,8 @@ def compile_cases() -> list[CompileCase]:
                 kernel=kernels[kernel],
                 pointers=pointers,
                 floats=("scale", "dropout_p", "dropout_scale"),
-                options=launch_options(width, 0 if pos is None else width, width, arithmetic, config),
+                options=launch_options(width, 0 if pos is None else width, width, arithmetic, config)
+                | ({"SHARP": int(arithmetic == "ieee")} if kernel == "query" else {}),
                 tensor_cores=arithmetic != "ieee",
                 wide_loads=0.0 if share < 16 else 1.0,
                 default=width == 32 and not crowded,
