@@ -179,9 +179,9 @@ def nudged(drawn: Draw, seed: int) -> Draw:
 class Bounds:
     """What a decoder in float32 may err by: twice what the second writing does, as it is or nudged."""
 
-    def __init__(self, drawn: Draw) -> None:
+    def __init__(self, drawn: Draw, nudges: int) -> None:
         self.exact = run(wide(drawn.decoder), drawn)
-        own = [run(x.decoder, x) for x in (drawn, nudged(drawn, 0), nudged(drawn, 1))]
+        own = [run(x.decoder, x) for x in (drawn, *(nudged(drawn, seed) for seed in range(nudges)))]
         self.may_flip = max(turned_over(x, self.exact) for x in own)
         errors = [self.errors(x) for x in own]
         self.own = {name: max(error[name] for error in errors) for name in errors[0]}
@@ -231,13 +231,14 @@ def largest(x: Tensor) -> float:
 
 def check(seed: int, backends: tuple[str, ...]) -> None:
     drawn = draw(seed)
-    bounds = Bounds(drawn)
+    bounds = Bounds(drawn, nudges=2)
     decoder = DabDecoder(**drawn.settings)
     decoder.load_state_dict(drawn.decoder.state_dict())
     for name in backends:
         with ops.backend(name):
             ran = run(decoder, drawn, layouts(drawn.layout))
-        wrong = bounds.wrong(ran)
+        # Where a gradient hangs on a difference of near equals, two nudges may both move it little by chance.
+        wrong = bounds.wrong(ran) and Bounds(drawn, nudges=16).wrong(ran)
         assert not wrong, f"draw {seed} on {name}, {drawn.settings}: {wrong}"
 
 
