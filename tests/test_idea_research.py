@@ -122,13 +122,16 @@ def test_parameters_come_in_the_originals_order():
 def test_dropout_is_the_one_rate_everywhere(monkeypatch):
     ours = drop_in(dropout=0.25).train()
     rates = []
-    dropout = nn.functional.dropout
 
-    def record(x, p=0.5, training=True):
-        rates.append((p, training))
-        return dropout(x, p, training)
+    def recording(dropout):
+        def record(x, p=0.5, training=True):
+            rates.append((p, training))
+            return dropout(x, p, training)
 
-    monkeypatch.setattr(nn.functional, "dropout", record)
+        return record
+
+    for place, name in ((nn.functional, "dropout"), (torch, "native_dropout")):
+        monkeypatch.setattr(place, name, recording(getattr(place, name)))
     ours(**inputs())
     assert set(rates) == {(0.25, True)} and len(rates) == 6 * L
     first, second_ = (ours(**inputs())[0] for _ in range(2))

@@ -19,6 +19,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import DabDetrForObjectDetection
 
 import dab_fast
+from dab_fast import measure
+from dab_fast.cli import demo
 from tests.support import idea_models
 from tests.support.models import assert_same_outputs, huggingface_model, images, labels
 
@@ -55,6 +57,21 @@ def test_a_plain_loop():
     assert train(fast) == pytest.approx(train(model), rel=1e-5)
     same(fast, model)
     assert not report.stepped_aside
+
+
+@pytest.mark.sweep  # it needs 5 GB
+def test_a_training_step_keeps_three_quarters():
+    """The model as published, with its dropout, on two images of 800 x 1216."""
+    pixels = torch.randn(2, 3, 800, 1216)
+    model = demo.random_model(demo.resnet50_config(), pixels[:1]).train()
+    fast = copy.deepcopy(model)
+    dab_fast.accelerate(fast)
+    target = [{"class_labels": torch.tensor([0, 1]), "boxes": torch.rand(2, 4) / 4 + 0.25} for _ in pixels]
+    kept = [
+        measure.saved_bytes(lambda m=m: m(pixels, labels=target).loss, [*m.parameters(), *m.buffers()])
+        for m in (fast, model)
+    ]
+    assert kept[0] <= 0.75 * kept[1], kept
 
 
 class Photos(torch.utils.data.Dataset):

@@ -26,6 +26,7 @@ from dab_fast._tracing import compiling, constant
 from dab_fast.config import DecoderConfig
 from dab_fast.ops.modulated_cross_attention import AttentionMask, attend, attention_mask
 from dab_fast.parts.dense import (
+    dropout,
     ffn,
     joint_linear,
     self_attention_projection,
@@ -245,7 +246,7 @@ class _Layers:
         return dropout if self.training else 0.0
 
     def _add_and_norm(self, residual: Tensor, update: Tensor, norm: str) -> Tensor:
-        return layer_norm(self.params, norm, residual + F.dropout(update, self.config.dropout, self.training))
+        return layer_norm(self.params, norm, residual + dropout(update, self._rate(self.config.dropout)))
 
     def _content_heads(self, layer: int, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The scale of the query's sine embedding and the logits of its reference size, both read from the content."""

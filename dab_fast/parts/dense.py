@@ -72,10 +72,16 @@ def ffn(
     (w1, w2), (b1, b2) = weights_and_biases(params, (f"{name}.linear1", f"{name}.linear2"))
     slopes = (params[f"{name}.activation.weight"],) if activation == "prelu" else ()
     inner_activation = F.prelu if activation == "prelu" else ACTIVATIONS[activation]
-    if dropout_p > 0 or _plain(x, w1, b1, w2, b2, *slopes):
-        inner = inner_activation(F.linear(x, w1, b1), *slopes)
-        return F.linear(F.dropout(inner, dropout_p) if dropout_p > 0 else inner, w2, b2)
-    return _FFN.apply(inner_activation, x, w1, b1, w2, b2, *slopes)
+    if dropout_p == 1 or _plain(x, w1, b1, w2, b2, *slopes):
+        return F.linear(dropout(inner_activation(F.linear(x, w1, b1), *slopes), dropout_p), w2, b2)
+    return _FFN.apply(inner_activation, dropout_p, x, w1, b1, w2, b2, *slopes)
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """F.dropout with its random numbers, which keeps a mask for backward where F.dropout on a CPU keeps x's noise."""
+    if not 0 < p < 1 or not x.numel() or _traced():
+        return F.dropout(x, p)
+    return torch.native_dropout(x, p, True)[0]
 
 
 def _plain(*tensors: Tensor) -> bool:
@@ -157,22 +163,36 @@ class _SelfAttentionProjection(torch.autograd.Function):
 class _FFN(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, activation: Activation, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, *slope: Tensor
+        ctx: Any,
+        activation: Activation,
+        dropout_p: float,
+        x: Tensor,
+        w1: Tensor,
+        b1: Tensor,
+        w2: Tensor,
+        b2: Tensor,
+        *slope: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(x, w1, b1, w2, *slope)
+        inner = activation(F.linear(x, w1, b1), *slope)
+        inner, kept = torch.native_dropout(inner, dropout_p, True) if dropout_p > 0 else (inner, None)
+        ctx.save_for_backward(kept, x, w1, b1, w2, *slope)
         ctx.activation = activation
-        return F.linear(activation(F.linear(x, w1, b1), *slope), w2, b2)
+        ctx.scale = 1 / (1 - dropout_p)  # of what is kept
+        return F.linear(inner, w2, b2)
 
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, saved: tuple[Any, ...], d_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, w1, b1, w2, *slope = (t.to(d_y.dtype) for t in saved)
+        kept, *tensors = saved
+        x, w1, b1, w2, *slope = (t.to(d_y.dtype) for t in tensors)
         with torch.enable_grad():
             leaves = [t.detach().requires_grad_() for t in (F.linear(x, w1, b1), *slope)]
             activated = ctx.activation(*leaves)
+            if kept is not None:
+                activated = torch.ops.aten.native_dropout_backward(activated, kept, ctx.scale)
         d_inner, *d_slope = torch.autograd.grad(activated, leaves, d_y @ w2)
-        _, need_x, need_w1, _, need_w2, *_ = ctx.needs_input_grad
+        _, _, need_x, need_w1, _, need_w2, *_ = ctx.needs_input_grad
         d_x = d_inner @ w1 if need_x else None
         d_w1 = d_inner.mT @ x if need_w1 else None
         d_w2 = d_y.mT @ activated.detach() if need_w2 else None
-        return (None, d_x, d_w1, d_inner.sum(0), d_w2, d_y.sum(0), *d_slope)
+        return (None, None, d_x, d_w1, d_inner.sum(0), d_w2, d_y.sum(0), *d_slope)

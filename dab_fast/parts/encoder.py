@@ -18,7 +18,7 @@ from dab_fast import ops
 from dab_fast._tracing import constant
 from dab_fast.config import Activation
 from dab_fast.ops.modulated_cross_attention import AttentionMask, attend, attention_mask
-from dab_fast.parts.dense import ffn, views_per_layer, weights_and_biases
+from dab_fast.parts.dense import dropout, ffn, views_per_layer, weights_and_biases
 from dab_fast.reference import Parameters, layer_norm, linear, split_last
 
 
@@ -181,7 +181,5 @@ class _Layers:
             return self.forward(layer, x)
 
     def _add_and_norm(self, residual: Tensor, update: Tensor, norm: str) -> Tensor:
-        rate = constant(self.config.dropout)
-        if rate > 0:
-            update = F.dropout(update, rate)
+        update = dropout(update, constant(self.config.dropout))
         return layer_norm(self.params, norm, residual + update)

@@ -101,8 +101,8 @@ def forward(
         results[i] = x.contiguous(memory_format=layout)
         return x.clone() if results[i] is x and i < len(plan.stages) else x
 
-    x = step(plan.stem, x.contiguous(memory_format=torch.channels_last), True, None)
-    x = give(0, F.max_pool2d(x, **plan.pool))
+    x = step(plan.stem, x.contiguous(memory_format=torch.channels_last), False, None)
+    x = give(0, F.max_pool2d(x, **plan.pool).relu_())  # the relu of the largest is the largest relu
     for i, stage in enumerate(plan.stages, start=1):
         for block in stage:
             y = x
