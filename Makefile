@@ -20,7 +20,7 @@ SEEDS ?= 0 1 2 3 4 5 6 7 8 9
 # The test files of one op, which its name begins.
 OP_TESTS = $(wildcard tests/test_$(OP).py tests/test_$(OP)_*.py)
 
-.PHONY: demo test check newest sweep seeds quick gpu lint clean
+.PHONY: demo test check newest sweep seeds quick gpu pretend lint clean
 
 demo: $(VENV)/.for-demo
 	$(BIN)/dab-fast demo
@@ -49,6 +49,10 @@ gpu: $(VENV)/.for-test
 	mkdir -p build
 	$(PYTEST) -m gpu --junitxml=build/gpu.xml; status=$$?; \
 		$(BIN)/python -m benchmarks.validate build/gpu.xml --out dab_fast/ops/validated.json && exit $$status
+
+# The same on a CPU: tests/pretend_cuda, with Triton interpreted.
+pretend: $(VENV)/.for-test
+	$(BIN)/python -m tests.pretend_cuda $(PYTEST) -m gpu
 
 lint: $(VENV)/.for-test
 	$(BIN)/ruff check .

@@ -60,7 +60,8 @@ def build(folder: Path) -> Path:
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         library = folder / "_C.so"
-        if not library.is_file():
+        newest = max(path.stat().st_mtime for path in (*CSRC.rglob("*"), *HERE.iterdir()) if path.is_file())
+        if not library.is_file() or library.stat().st_mtime < newest:
             compile_to(library)
     return library
 
